@@ -1,0 +1,87 @@
+# Everything runs from an environment of its own, .venv, that the first command makes.
+#   PYTHON=...       the Python to make it with (3.11, 3.12 or 3.13)
+#   TORCH_INDEX=...  a package index to take torch from as well, e.g. PyTorch's CPU wheel index:
+#                    see CONTRIBUTING.md
+#   TEST_ARGS=..., BENCH_ARGS=..., LAB_ARGS=...   handed on to pytest, the benchmarks, JupyterLab
+
+VENV ?= .venv
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && command -v $$p && break; done)
+TORCH_INDEX ?=
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+FAST := not slow and not demo and not browser and not gpu and not peers
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo lab test test-fast lint format bench gpu-check browser clean distclean
+
+help: ## List the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## Make .venv with all that the other commands need
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(or $(PYTHON),false)" -c '$(SUPPORTED)' || { echo "inferkit needs Python 3.11, 3.12 or 3.13, \
+	but found $(or $(PYTHON),none). Name one: make PYTHON=/path/to/python3.12"; \
+	exit 1; }
+	@test -x $(PY) || "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	echo "Could not make $(VENV). On Debian and Ubuntu the venv module is a package of its own: \
+	apt-get install python3-venv"; exit 1; }
+	@test -n "$(TORCH_INDEX)" || test "$$(uname)" != Linux || command -v nvidia-smi >/dev/null || \
+	echo "No NVIDIA driver here. If pip starts to download CUDA packages (several GB), stop it and \
+	see TORCH_INDEX in CONTRIBUTING.md."
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e ".[demo,test,dev]"
+	@touch $@
+
+demo: $(INSTALLED) ## Run the quickstart notebook on the demo model; print its latency table
+	$(PY) notebooks/execute.py notebooks/01-quickstart.ipynb
+
+lab: $(INSTALLED) ## Open the notebooks in JupyterLab
+	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+test: $(INSTALLED) browser ## Run all tests that this machine can run
+	$(PY) -m pytest -m "not peers" $(TEST_ARGS)
+
+test-fast: $(INSTALLED) ## Run the tests that need neither the demo model nor a browser
+	$(PY) -m pytest -m "$(FAST)" $(TEST_ARGS)
+
+lint: $(INSTALLED) ## Check format, lint, layers and types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(VENV)/bin/lint-imports
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## Format and fix what can be fixed
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(INSTALLED) ## Run the benchmarks, against the other engines too
+	$(PY) benchmarks/run.py $(BENCH_ARGS)
+
+gpu-check: $(INSTALLED) ## Run the tests that need a CUDA device
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(PY) -m pytest -m gpu $(TEST_ARGS); \
+	else \
+		echo "No CUDA device that this torch can use: nothing was checked."; \
+	fi
+
+# The browser tests fail, with a message, where there is no Chromium and none can be installed.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	command -v google-chrome >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+		echo "No Chromium found; the browser tests need one (Debian: apt-get install chromium)."; \
+	fi
+
+clean: ## Remove what the commands wrote, but not .venv
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf $(VENV)

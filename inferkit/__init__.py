@@ -1,0 +1,103 @@
+"""Load, prompt and time language models from a notebook.
+
+    import inferkit as ik
+
+    model = ik.load("demo")
+    gen = model.generate("Once upon a time", max_tokens=64)
+    print(gen.text, gen.latency.ttft)
+
+Names are looked up when they are first used (PEP 562), so that importing the package costs
+milliseconds and imports no torch. Errors and ``devices`` are small and imported at once:
+``devices`` is also the name of a submodule, and a submodule that is imported later would take the
+function's place.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from inferkit.devices import devices
+from inferkit.errors import (
+    DamagedFileError,
+    DeviceError,
+    DoesNotFitError,
+    ForkedProcessError,
+    GenerationError,
+    InferkitError,
+    LoadError,
+    ModelError,
+    ModelNotFoundError,
+    ModelUnloadedError,
+    NonFiniteLogitsError,
+    OptionError,
+    OutOfMemoryError,
+    PromptError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from inferkit.engine import Request
+    from inferkit.generation import Generation
+    from inferkit.latency import Latency, LatencySummary, summarize
+    from inferkit.memory import MemoryPlan, plan
+    from inferkit.model import Model, load, models
+    from inferkit.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DamagedFileError",
+    "DeviceError",
+    "DoesNotFitError",
+    "ForkedProcessError",
+    "Generation",
+    "GenerationError",
+    "InferkitError",
+    "Latency",
+    "LatencySummary",
+    "LoadError",
+    "MemoryPlan",
+    "Model",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelUnloadedError",
+    "NonFiniteLogitsError",
+    "OptionError",
+    "OutOfMemoryError",
+    "PromptError",
+    "Request",
+    "SamplingParams",
+    "UnsupportedModelError",
+    "devices",
+    "load",
+    "models",
+    "plan",
+    "summarize",
+]
+
+_HOME = {
+    "Generation": "inferkit.generation",
+    "Latency": "inferkit.latency",
+    "LatencySummary": "inferkit.latency",
+    "MemoryPlan": "inferkit.memory",
+    "Model": "inferkit.model",
+    "Request": "inferkit.engine",
+    "SamplingParams": "inferkit.sampling",
+    "load": "inferkit.model",
+    "models": "inferkit.model",
+    "plan": "inferkit.memory",
+    "summarize": "inferkit.latency",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'inferkit' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,246 @@
+"""The ``inferkit`` command: ``run``, ``plan`` and ``devices``.
+
+Options are the library's keywords with dashes (``--max-tokens 64``). Text and tables go to stdout,
+latency and progress to stderr, so that the output can be piped. Exit status: 0; 1 from ``plan``
+for a model that does not fit; 2 for an error; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import inferkit as ik
+from inferkit.html import text_table
+
+if TYPE_CHECKING:
+    from inferkit.engine import Request
+    from inferkit.generation import Generation
+    from inferkit.model import Model
+
+_MODEL_OPTIONS = ("device", "dtype", "quantize", "max_batch", "context", "revision")
+_LOAD_OPTIONS = (*_MODEL_OPTIONS, "batching", "force", "trust_remote_code")
+_SAMPLING_OPTIONS = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "logprobs",
+)
+_FAILED, _INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: ``sys.argv[1:]``) and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows "?" instead of ending the program.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        status: int = arguments.command(arguments)
+        sys.stdout.flush()
+    except ik.InferkitError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has left; what Python flushes at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _FAILED
+    return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in arguments.prompt]
+    options = _given(arguments, _SAMPLING_OPTIONS)
+    model = ik.load(arguments.model, **_given(arguments, _LOAD_OPTIONS))
+    try:
+        requests = [_submit(model, prompt, arguments.chat, options) for prompt in prompts]
+        out = io.StringIO() if arguments.json else sys.stdout
+        generations, interrupted = _show(prompts, requests, out)
+        if arguments.json:
+            print(_as_json(model, generations))
+        else:
+            print(_latency_table(generations), file=sys.stderr)
+    finally:
+        model.unload()
+    errors = [gen.error for gen in generations if gen.error]
+    for error in errors:
+        _complain(error)
+    return _INTERRUPTED if interrupted else _FAILED if errors else 0
+
+
+def _submit(model: Model, prompt: str, chat: bool, options: dict[str, Any]) -> Request:
+    if chat:
+        return model.submit_chat([{"role": "user", "content": prompt}], **options)
+    return model.submit(prompt, **options)
+
+
+def _show(
+    prompts: Sequence[str], requests: Sequence[Request], out: io.TextIOBase | Any
+) -> tuple[list[Generation], bool]:
+    """Write each request's text as it comes, in order; Ctrl-C cancels all and keeps the text."""
+    generations: list[Generation] = []
+    interrupted = False
+    for number, (prompt, request) in enumerate(zip(prompts, requests), start=1):
+        if len(prompts) > 1:
+            out.write(f"{_header(number, prompt)}\n")
+        written = 0
+        try:
+            for piece in request:
+                written += out.write(piece)
+                out.flush()
+        except KeyboardInterrupt:
+            interrupted = True
+            for other in requests:
+                other.cancel()
+        generation = request.result()
+        out.write(generation.text[written:] + "\n")
+        generations.append(generation)
+    return generations, interrupted
+
+
+def _header(number: int, prompt: str, width: int = 72) -> str:
+    line = " ".join(prompt.split())
+    return f"=== {number}: {line if len(line) <= width else line[: width - 1] + '…'}"
+
+
+def _latency_table(generations: Sequence[Generation]) -> str:
+    def row(number: int, gen: Generation) -> tuple[object, ...]:
+        latency = gen.latency
+        times = (latency.queue, latency.ttft, latency.tpot, latency.e2e)
+        shown = ("-" if t is None else f"{1000 * t:.1f}" for t in times)
+        return (number, gen.finish_reason, len(gen.token_ids), *shown)
+
+    header = ("prompt", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms")
+    rows = (row(number, gen) for number, gen in enumerate(generations, start=1))
+    return text_table(header, rows) + "\nTTFT, TPOT and E2E as vllm bench serve defines them"
+
+
+def _as_json(model: Model, generations: Sequence[Generation]) -> str:
+    document = {
+        "model": model.name,
+        "generations": [gen.to_dict() for gen in generations],
+        "summary": ik.summarize(generations).to_dict(),
+    }
+    return json.dumps(document, ensure_ascii=False, indent=2)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    plan = ik.plan(arguments.model, **_given(arguments, _MODEL_OPTIONS))
+    print(json.dumps(plan.to_dict(), indent=2) if arguments.json else plan)
+    return 0 if plan.fits else 1
+
+
+def _devices(arguments: argparse.Namespace) -> int:
+    table = ik.devices()
+    print(json.dumps([asdict(device) for device in table], indent=2) if arguments.json else table)
+    return 0
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options that were written, so that the library's and the model's defaults hold."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _complain(error: ik.InferkitError) -> int:
+    print(f"inferkit: {' '.join(str(error).split())}", file=sys.stderr)
+    return _FAILED
+
+
+def _device(text: str) -> str | list[str]:
+    names = text.split(",")
+    return names if len(names) > 1 else text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="inferkit", description="Load, prompt and time language models."
+    )
+    parser.add_argument("--version", action="version", version=f"inferkit {ik.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_plan(commands)
+    _add_devices(commands)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="prompt a model; text to stdout, latency to stderr",
+        description="Prompt a model. One prompt streams; several are batched and shown in order.",
+        argument_default=argparse.SUPPRESS,
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("prompt", nargs="+", metavar="PROMPT", help="a prompt; - reads it from stdin")
+    run.add_argument(
+        "--model", default="demo", help="demo, a hub id, a folder or a .gguf file (default: demo)"
+    )
+    run.add_argument(
+        "--chat", action="store_true", default=False, help="use the model's chat template"
+    )
+    _add_json(run)
+    _add_model_options(run)
+    run.add_argument("--batching", help="continuous, static or off")
+    run.add_argument("--force", action="store_true", help="load although the plan says no")
+    run.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model ships"
+    )
+    sampling = run.add_argument_group("sampling (default: the model's own)")
+    sampling.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="1 does nothing")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    sampling.add_argument("--logprobs", type=int, metavar="N", help="shown with --json")
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory that a model needs, from its config alone",
+        description="The memory that a model needs, from its config alone. Exit status 1: no fit.",
+        argument_default=argparse.SUPPRESS,
+    )
+    plan.set_defaults(command=_plan)
+    plan.add_argument("model", metavar="MODEL", help="demo, a hub id, a folder or a .gguf file")
+    _add_json(plan)
+    _add_model_options(plan)
+
+
+def _add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    devices = commands.add_parser("devices", help="attached devices and their memory")
+    devices.set_defaults(command=_devices)
+    _add_json(devices)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--json", action="store_true", default=False, help="one JSON document instead of text"
+    )
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model")
+    group.add_argument(
+        "--device", type=_device, help="auto, cpu, mps, cuda:N, or several: cuda:0,cuda:1"
+    )
+    group.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
+    group.add_argument("--quantize", metavar="MODE", help="none, int8, nf4 or fp4")
+    group.add_argument("--context", type=int, metavar="N", help="tokens per request")
+    group.add_argument("--max-batch", type=int, metavar="N", help="requests that run together")
+    group.add_argument("--revision", help="a branch, tag or commit of the hub")

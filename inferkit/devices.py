@@ -1,0 +1,346 @@
+"""The devices of this machine: what is attached, how much memory is left, which dtype suits."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferkit.errors import DeviceError, OptionError
+from inferkit.html import format_bytes, table, text_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = [
+    "Device",
+    "DeviceTable",
+    "devices",
+    "free_memory",
+    "release_memory",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float32": "float32",
+    "float": "float32",
+}
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "bf16", "i8mm")
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "unlimited" as a page-rounded 2^63
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device.
+
+    Attributes:
+        name: Canonical name: ``"cuda:0"``, ``"mps"``, ``"cpu"``.
+        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        description: What the maker calls it, with what matters for speed.
+        total: Memory in bytes; for the CPU no more than the cgroup (container) allows.
+        free: Bytes that can be allocated now.
+        bf16: Whether it multiplies bfloat16 natively, not only by emulation.
+    """
+
+    name: str
+    kind: str
+    description: str
+    total: int
+    free: int
+    bf16: bool
+
+
+class DeviceTable(tuple[Device, ...]):
+    """The attached devices, the one that ``device="auto"`` picks first."""
+
+    __slots__ = ()
+    _HEADER = ("device", "description", "memory", "free", "bf16")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                d.name,
+                d.description,
+                format_bytes(d.total),
+                format_bytes(d.free),
+                "native" if d.bf16 else "no",
+            )
+            for d in self
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(self._HEADER, self._rows())
+
+    def _repr_html_(self) -> str:
+        return table(self._HEADER, self._rows(), caption="Devices")
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table as a pandas DataFrame, one row per device, memory in bytes."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(d) for d in self])
+
+
+def devices() -> DeviceTable:
+    """List the attached devices with their memory: accelerators first, the CPU last."""
+    import torch
+
+    found = [_cuda_device(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(_mps_device())
+    return DeviceTable([*found, _cpu_device()])
+
+
+def resolve_device(device: Any) -> list[str]:
+    """Turn what a person wrote into canonical device names.
+
+    Args:
+        device: ``"auto"`` (the first CUDA device, else MPS, else the CPU), ``"cpu"``, ``"cuda"``,
+            ``"cuda:N"``, ``"mps"``, a ``torch.device``, or a list of those.
+
+    Raises:
+        OptionError: The value is not a device name, or names a device twice.
+        DeviceError: The device is not attached to this machine.
+    """
+    many = isinstance(device, (list, tuple))
+    asked = [_canonical(d, device) for d in (device if many else [device])]
+    attached = _attached_names()
+    if asked == ["auto"] and not many:
+        return attached[:1]
+    if not asked or "auto" in asked or len(set(asked)) < len(asked):
+        raise _bad_device(device)
+    for name in asked:
+        if name not in attached:
+            raise _not_attached(name, attached)
+    return asked
+
+
+def resolve_dtype(
+    dtype: Any, device_names: Sequence[str], checkpoint_dtype: str | None = None
+) -> str:
+    """Choose the dtype of weights and KV cache; returns torch's name for it.
+
+    ``"auto"`` takes bfloat16 where the device multiplies it natively (CUDA capability 8.0 and up,
+    CPUs with AVX-512 BF16, AMX or Arm BF16), except that a float16 checkpoint stays float16 on
+    CUDA, because bfloat16 would round its weights; float16 on older CUDA devices and MPS; float32
+    on other CPUs. With several devices the accelerators decide, and float16, which all of them
+    have, settles a difference.
+
+    Args:
+        dtype: ``"auto"``, ``"bfloat16"``/``"bf16"``, ``"float16"``/``"fp16"``/``"half"``,
+            ``"float32"``/``"fp32"``/``"float"``, or the ``torch.dtype``.
+        device_names: Canonical names, from :func:`resolve_device`.
+        checkpoint_dtype: The dtype the weights are stored in, if known.
+
+    Raises:
+        OptionError: The value is none of those.
+    """
+    name = str(dtype).removeprefix("torch.").lower()
+    if name != "auto":
+        if name in _DTYPES:
+            return _DTYPES[name]
+        raise OptionError(
+            f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16' ('bf16'), "
+            "'float16' ('fp16', 'half') or 'float32' ('fp32', 'float')."
+        )
+    deciding = [d for d in device_names if d != "cpu"] or list(device_names)
+    stored = str(checkpoint_dtype).removeprefix("torch.")
+    liked = {_preferred_dtype(d, stored) for d in deciding}
+    return liked.pop() if len(liked) == 1 else "float16"
+
+
+def free_memory(device_name: str) -> int:
+    """Bytes that can be allocated now on the device with this canonical name.
+
+    Raises:
+        DeviceError: The device is not attached.
+    """
+    for device in devices():
+        if device.name == device_name:
+            return device.free
+    raise _not_attached(device_name, _attached_names())
+
+
+def release_memory(device_names: Iterable[str]) -> None:
+    """Give memory that nothing refers to any more back to the devices and the system.
+
+    Collects garbage, empties torch's caching allocators, and asks glibc to return free heap pages,
+    which it otherwise keeps, so that the process's resident memory falls too.
+    """
+    gc.collect()
+    torch = sys.modules.get("torch")  # never imported: nothing of its to release
+    if torch is not None:
+        kinds = {name.partition(":")[0] for name in device_names}
+        if "cuda" in kinds and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        if "mps" in kinds and torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _canonical(device: Any, given: Any) -> str:
+    text = str(device).strip().lower()
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise _bad_device(given)
+    kind, _, index = text.partition(":")
+    return f"cuda:{int(index or 0)}" if kind == "cuda" else kind
+
+
+def _bad_device(device: Any) -> OptionError:
+    return OptionError(
+        f"device={device!r} is not a device; use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps', "
+        "or a list of different ones such as ['cuda:0', 'cuda:1']."
+    )
+
+
+def _not_attached(name: str, attached: Sequence[str]) -> DeviceError:
+    return DeviceError(
+        f"{name} is not attached to this machine; attached: {', '.join(attached)}. "
+        "Use one of those, or device='auto'."
+    )
+
+
+def _attached_names() -> list[str]:
+    import torch
+
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return cuda + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+
+
+def _preferred_dtype(name: str, stored: str) -> str:
+    import torch
+
+    if name == "cpu":
+        return "bfloat16" if _cpu_has_bf16() else "float32"
+    if name == "mps" or stored == "float16":
+        return "float16"
+    return "bfloat16" if torch.cuda.get_device_capability(name) >= (8, 0) else "float16"
+
+
+def _cuda_device(index: int) -> Device:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index)
+    description = f"{name}, compute capability {major}.{minor}"
+    return Device(f"cuda:{index}", "cuda", description, total, free, major >= 8)
+
+
+def _mps_device() -> Device:
+    import psutil
+    import torch
+
+    # Apple's GPU shares the host's memory; Metal recommends a share of it as the ceiling.
+    total = torch.mps.recommended_max_memory()
+    left = total - torch.mps.driver_allocated_memory()
+    free = max(0, min(left, psutil.virtual_memory().available))
+    return Device("mps", "mps", f"{platform.machine()} GPU (Metal)", total, free, False)
+
+
+def _cpu_device() -> Device:
+    import psutil
+
+    host = psutil.virtual_memory()
+    total, free = int(host.total), int(host.available)
+    for limit, left in _cgroup_limits():
+        total, free = min(total, limit), min(free, left)
+    return Device("cpu", "cpu", _cpu_description(), total, max(0, free), _cpu_has_bf16())
+
+
+def _cpu_has_bf16() -> bool:
+    import torch
+
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        if not torch.backends.mkldnn.is_available():
+            return False
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # oneDNN's own answer is also yes where it emulates bf16 with plain AVX-512, which is slow.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@lru_cache(maxsize=1)
+def _cpu_description() -> str:
+    import psutil
+
+    model, flags = _cpuinfo()
+    logical = psutil.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False) or logical
+    parts = [model or platform.processor() or platform.machine(), f"{physical} cores"]
+    if logical != physical:
+        parts[1] += f" ({logical} threads)"
+    known = [flag for flag in _CPU_FLAGS if flag in flags]
+    return ", ".join(parts + ([" ".join(known)] if known else []))
+
+
+def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
+    """Model name and instruction-set flags of the first core; both empty where unknown."""
+    if not path.exists():
+        return "", frozenset()
+    fields: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = fields.get("flags") or fields.get("features", "")
+    return fields.get("model name", ""), frozenset(flags.split())
+
+
+def _cgroup_limits(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """(limit, bytes left under it) of every cgroup above this process that sets a memory limit.
+
+    Reads version 2 (``memory.max``) and version 1 (``memory.limit_in_bytes``). File cache that the
+    kernel can drop counts as left, as in the working set of Kubernetes, but for both LRU lists.
+    A container often sees its own group as the root although its path says otherwise, so paths
+    that are missing are passed over on the way up to the root.
+    """
+    found: list[tuple[int, int]] = []
+    if not membership.exists():
+        return found
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, files = root, ("memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        else:
+            continue
+        leaf = base / path.lstrip("/")
+        for group in (leaf, *leaf.parents):
+            found += _read_cgroup(group, *files)
+            if group == base:
+                break
+    return found
+
+
+def _read_cgroup(
+    group: Path, limit_file: str, usage_file: str, prefix: str
+) -> list[tuple[int, int]]:
+    limit_path, usage_path = group / limit_file, group / usage_file
+    if not (limit_path.exists() and usage_path.exists()):
+        return []
+    text = limit_path.read_text().strip()
+    if text == "max" or int(text) >= _NO_LIMIT:
+        return []
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    used = max(0, int(usage_path.read_text()) - cache)
+    return [(int(text), max(0, int(text) - used))]

@@ -1,0 +1,232 @@
+"""One forward pass: slots, tokens and positions in, one row of logits per slot out.
+
+`SlottedRunner` runs any decoder of transformers that takes explicit positions, a cache and masks.
+That an architecture is served rightly is not read from a list of names: `probe` compares the first
+logits with those of the architecture's own forward, and where they differ the model is not served
+this way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inferkit.engine import attention
+from inferkit.engine.cache import SlotCache, View
+from inferkit.errors import UnsupportedModelError
+from inferkit.kv import LayerKV
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Part of a prompt to prefill: ``tokens`` go to ``slot`` from position ``start`` on."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+
+
+class SlottedRunner:
+    """Runs the model over the slots of a `SlotCache`. Used by the engine's thread alone.
+
+    A pass has fixed shapes but for the number of rows, of tokens and of cache positions read, and
+    no control flow that depends on data, so that it can be compiled or captured as it is.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        geometry: Sequence[LayerKV],
+        *,
+        slots: int,
+        context: int,
+        prefill_chunk: int,
+    ) -> None:
+        self.module = module
+        self.device = module.get_input_embeddings().weight.device
+        self.dtype = _activation_dtype(module)
+        self.prefill_chunk = prefill_chunk
+        self.geometry = tuple(geometry)
+        self._devices = _layer_devices(module, len(self.geometry), self.device)
+        self.cache = self._new_cache(slots, context)
+        module.set_attn_implementation(attention.NAME)
+
+    def resize(self, slots: int, context: int) -> None:
+        """Replace the cache by an empty one of another size; the old one goes first."""
+        self.cache.release()
+        self.cache = self._new_cache(slots, context)
+
+    def _new_cache(self, slots: int, context: int) -> SlotCache:
+        return SlotCache(
+            self.geometry,
+            slots=slots,
+            context=context,
+            prefill_chunk=self.prefill_chunk,
+            dtype=self.dtype,
+            devices=self._devices,
+        )
+
+    def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Read parts of prompts; return the logits after each part's last token [chunks, vocab].
+
+        Shorter parts are padded on the left with tokens at positions beyond the part's end, where
+        nothing reads them (see `SlotCache`), so that every part's last token stands last.
+        """
+        width = max(len(c.tokens) for c in chunks)
+        tokens, positions, last = [], [], []
+        for c in chunks:
+            end = c.start + len(c.tokens)
+            pad = width - len(c.tokens)
+            tokens.append([0] * pad + list(c.tokens))
+            positions.append([*range(end, end + pad), *range(c.start, end)])
+            last.append(end - 1)
+        longest = max(max(row) for row in positions)
+        return self._forward([c.slot for c in chunks], tokens, positions, last, longest)
+
+    def padding_fits(self, ends: Sequence[int], width: int, lengths: Sequence[int]) -> bool:
+        """Whether parts that end at ``ends`` can be padded to ``width`` within the cache."""
+        pads = (end + width - n for end, n in zip(ends, lengths, strict=True))
+        return max(pads) <= self.cache.capacity
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab]."""
+        return self._forward(
+            slice(0, len(tokens)),
+            [[t] for t in tokens],
+            [[p] for p in positions],
+            list(positions),
+            max(positions),
+        )
+
+    @torch.inference_mode()
+    def _forward(
+        self,
+        slots: slice | list[int],
+        tokens: list[list[int]],
+        positions: list[list[int]],
+        last: list[int],
+        longest: int,
+    ) -> torch.Tensor:
+        where = torch.tensor(positions, device=self.device)
+        self.cache.begin(View(slots, where, torch.tensor(last, device=self.device), longest))
+        masks = self.cache.masks(self.dtype)
+        out = self.module(
+            input_ids=torch.tensor(tokens, device=self.device),
+            attention_mask=_as_model_wants(masks),
+            position_ids=where,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1]
+
+    def release(self) -> None:
+        """Give the cache's memory back."""
+        self.cache.release()
+
+
+def _as_model_wants(masks: dict[str, torch.Tensor]) -> Any:
+    """One mask as it is; several by transformers' names of layer types."""
+    if len(masks) == 1:
+        return next(iter(masks.values()))
+    return {f"{kind}_attention": mask for kind, mask in masks.items()}
+
+
+def _activation_dtype(module: Any) -> torch.dtype:
+    """The dtype of the layers' activations: that of the norms, which nothing quantizes."""
+    for p in module.parameters():
+        if p.dim() == 1 and p.is_floating_point():
+            return p.dtype
+    return module.dtype
+
+
+def _layer_devices(module: Any, layers: int, default: torch.device) -> list[torch.device]:
+    """The device of each layer's attention, from accelerate's map where there is one."""
+    found = [default] * layers
+    for child in module.modules():
+        index = getattr(child, "layer_idx", None)
+        if not isinstance(index, int) or not 0 <= index < layers:
+            continue
+        hook = getattr(child, "_hf_hook", None)
+        placed = getattr(hook, "execution_device", None)
+        own = next((p.device for p in child.parameters() if p.device.type != "meta"), None)
+        device = placed if placed is not None else own
+        if device is not None:
+            found[index] = torch.device(device)
+    return found
+
+
+def supports_slots(module: Any, geometry: Sequence[LayerKV]) -> str | None:
+    """Why an architecture cannot run over slots, or None where it may (then `probe` it)."""
+    name = type(module).__name__
+    if not getattr(module, "_supports_attention_backend", False):
+        return f"{name} has an attention of its own that takes no attention function"
+    if getattr(module, "_is_stateful", False):
+        return f"{name} keeps a recurrent state besides the KV cache"
+    strange = sorted({g.kind for g in geometry} - {"full", "sliding", "chunked"})
+    if strange:
+        return f"{name} has layers without a KV cache of their own ({', '.join(strange)})"
+    accepted = inspect.signature(module.forward).parameters
+    missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(accepted)
+    if missing:
+        return f"{name}.forward takes no {', '.join(sorted(missing))}"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """How near the slotted pass came to the architecture's own forward (cosine of the logits)."""
+
+    cosine: float
+    threshold: float
+
+    @property
+    def ok(self) -> bool:
+        return self.cosine >= self.threshold
+
+
+@torch.inference_mode()
+def reference_logits(module: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The architecture's own logits after each prompt, run alone without a cache [prompts, vocab]."""
+    device = module.get_input_embeddings().weight.device
+    rows = [
+        module(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float()
+        for p in prompts
+    ]
+    return torch.stack(rows)
+
+
+def probe_prompts(vocab: int, window: int | None) -> list[list[int]]:
+    """Two ragged prompts; the longer one passes the window where that is short enough to test."""
+    long = 9 if window is None or window > 64 else window + 9
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randint(0, vocab, (long + 5,), generator=generator).tolist()
+    return [draw[:5], draw[5:]]
+
+
+def probe(runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor) -> ProbeResult:
+    """Prefill and decode the prompts over slots, and compare with the model's own logits."""
+    for i in range(0, max(len(p) for p in prompts) - 1, runner.prefill_chunk):
+        chunks = [
+            Chunk(slot, p[i : min(len(p) - 1, i + runner.prefill_chunk)], i)
+            for slot, p in enumerate(prompts)
+            if i < len(p) - 1
+        ]
+        runner.prefill(chunks)
+    got = runner.decode([p[-1] for p in prompts], [len(p) - 1 for p in prompts]).float()
+    cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min().item()
+    return ProbeResult(cosine, 0.9999 if runner.dtype == torch.float32 else 0.97)
+
+
+def require_decoder(config: Any) -> None:
+    """Refuse what is no causal language model, by name."""
+    kinds = config.architectures or [config.model_type]
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{kinds[0]} is an encoder-decoder; inferkit serves causal language models. "
+            "Load a decoder-only model (its config has is_encoder_decoder=False)."
+        )

@@ -1,0 +1,279 @@
+"""What an architecture takes in memory, read off its modules on the meta device.
+
+The meta device has shapes and dtypes but no storage, so a model of any size is built in a second
+and nothing is allocated or downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from inferkit.errors import OptionError, UnsupportedModelError
+
+__all__ = [
+    "QUANTIZE_MODES",
+    "WeightFormat",
+    "device_of",
+    "meta_model",
+    "quantized_linears",
+    "split_modules",
+    "weight_bytes",
+    "weight_format",
+]
+
+QUANTIZE_MODES = ("none", "int8", "nf4", "fp4")
+_BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit formats
+_NESTED_BLOCK = 256  # scales that share one scale of their own under double quantization
+_CODE_BYTES = 16 * 4  # each 4-bit layer holds its own table of the 16 values, in fp32
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are kept: a quantize mode and, if the checkpoint says so, its details.
+
+    Attributes:
+        mode: One of ``QUANTIZE_MODES``.
+        skip: Modules that stay as they are; None for transformers' own choice.
+        double_quant: Whether the scales of a 4-bit format are quantized again.
+    """
+
+    mode: str
+    skip: tuple[str, ...] | None = None
+    double_quant: bool = False
+
+    def linear_bytes(self, rows: int, columns: int) -> int:
+        """Bytes that bitsandbytes keeps for one quantized ``[rows, columns]`` weight."""
+        count = rows * columns
+        if self.mode == "int8":
+            return count + 4 * rows  # one fp32 scale per output row
+        blocks = -(-count // _BLOCK)
+        scales = 4 * blocks
+        if self.double_quant:  # scales in 8 bits, their fp32 scales, an offset, a table of 256
+            scales = blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 + 256 * 4
+        return -(-count // 2) + scales + _CODE_BYTES
+
+
+def weight_format(config: Any, quantize: str) -> tuple[WeightFormat, str]:
+    """The format that loading ``config`` with this ``quantize`` gives, and a note or "".
+
+    A checkpoint already quantized by bitsandbytes keeps its own format. One quantized by another
+    method is counted as if unpacked to the plan's dtype, which is an upper bound; the note says so.
+
+    Raises:
+        OptionError: The mode is unknown, or the checkpoint is already quantized in another one.
+    """
+    if quantize not in QUANTIZE_MODES:
+        modes = ", ".join(map(repr, QUANTIZE_MODES))
+        raise OptionError(f"quantize={quantize!r} is not a mode; use one of {modes}.")
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return WeightFormat(quantize), ""
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(settings.get("quant_method", "unknown")).rpartition(".")[2].lower()
+    if "bitsandbytes" not in method:
+        note = f"The checkpoint is stored as {method}; its weights are counted unpacked."
+        return WeightFormat(quantize), note
+    four_bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
+    mode = str(settings.get("bnb_4bit_quant_type", "fp4")) if four_bit else "int8"
+    if quantize not in ("none", mode):
+        raise OptionError(
+            f"quantize={quantize!r}, but the checkpoint is already quantized as {mode!r}; "
+            "use quantize='none' to load it as it is, or the unquantized checkpoint."
+        )
+    skip = settings.get("llm_int8_skip_modules")
+    double = four_bit and bool(settings.get("bnb_4bit_use_double_quant"))
+    return WeightFormat(mode, None if skip is None else tuple(skip), double), ""
+
+
+def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
+    """Build the architecture on the meta device: a ``PreTrainedModel`` without storage.
+
+    Args:
+        config: A transformers config; it is copied, not changed.
+        dtype: torch's name of the dtype to load in, ``"bfloat16"`` for example.
+        trust_remote_code: Let the config's repository bring its own model code.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model for this config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(config, "model_type", "") or type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{kind!r} is an encoder-decoder model; inferkit serves decoder-only causal language "
+            "models (Llama, Qwen, Gemma, Mistral, Phi, GPT and the like)."
+        )
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # weight_format() accounts for it
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, dtype),
+                attn_implementation="eager",  # plain operations: runs on meta for every model
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # a config of any origin may fail in any way
+        hint = "" if trust_remote_code else " If the model brings its own code, and you trust it, "
+        hint += "" if trust_remote_code else "pass trust_remote_code=True."
+        raise UnsupportedModelError(
+            f"transformers cannot build a causal language model from this {kind!r} config: "
+            f"{type(error).__name__}: {error}.{hint}"
+        ) from error
+    # The default kernels of mixture-of-experts layers group tokens by value, which meta has not.
+    model.set_experts_implementation("batched_mm")
+    return model.eval()
+
+
+def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, int]]:
+    """The modules that bitsandbytes would replace, with ``(out_features, in_features)``.
+
+    These are plain ``nn.Linear`` and GPT-2's ``Conv1D``, except what transformers leaves alone
+    (output embeddings, tied weights, the last module). Experts that an architecture fuses into
+    one 3-D parameter are no linear layers and stay in the dtype.
+    """
+    if form.mode == "none":
+        return {}
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skip = HfQuantizer.get_modules_to_not_convert(
+        model, None if form.skip is None else list(form.skip), model._keep_in_fp32_modules
+    )
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if not should_convert_module(name, skip):
+            continue
+        if type(module) is nn.Linear:
+            found[name] = (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            found[name] = (module.weight.shape[1], module.weight.shape[0])
+    return found
+
+
+def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
+    """Bytes of each parameter and buffer once loaded; tied weights appear once."""
+    quantized = quantized_linears(model, form)
+    in_fp32 = _kept_in_fp32(model)
+    sizes: dict[str, int] = {}
+    for name, tensor in _tensors(model):
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in quantized:
+            sizes[name] = form.linear_bytes(*quantized[owner])
+        elif in_fp32(name):
+            sizes[name] = tensor.numel() * 4
+        else:
+            sizes[name] = tensor.numel() * tensor.element_size()
+    return sizes
+
+
+def split_modules(
+    model: Any, sizes: Mapping[str, int], free: Mapping[str, int], form: WeightFormat
+) -> dict[str, str]:
+    """Spread the modules over devices, in order, in proportion of free memory.
+
+    Args:
+        model: The meta model.
+        sizes: From :func:`weight_bytes`.
+        free: Free bytes by device name; its order is the order of the layers.
+        form: The format of the weights.
+
+    Returns:
+        A device map that ``from_pretrained`` accepts: module name to device name. No layer is cut
+        in two. Nothing goes to disk: what the earlier devices cannot take, the last one gets, and
+        the plan then says that it does not fit.
+    """
+    names = list(free)
+    if len(names) == 1:
+        return {"": names[0]}
+    whole = sorted(model._no_split_modules or ())
+    blocks = [n for n, m in model.named_modules() if type(m).__name__ in whole]
+    block = max((sum(_under(sizes, b).values()) for b in blocks), default=max(sizes.values()))
+    share = sum(sizes.values()) / max(1, sum(free.values()))
+    special = _special_dtypes(model, form)
+
+    def attempt(slack: float) -> dict[str, str]:
+        # accelerate keeps room on its first device for layers that return from offload. Nothing
+        # is offloaded here, so that first device is one that does not exist and has no room.
+        budget = {0: 0} | {i: int(share * free[n] + slack) for i, n in enumerate(names, start=1)}
+        budget[len(names)] = 2 * sum(sizes.values()) + block
+        placed = infer_auto_device_map(
+            model, max_memory=budget, no_split_module_classes=whole, special_dtypes=special
+        )
+        return {module: names[int(position) - 1] for module, position in placed.items()}
+
+    def fullest(device_map: Mapping[str, str]) -> float:
+        load = dict.fromkeys(names, 0)
+        for name, size in sizes.items():
+            load[device_of(device_map, name)] += size
+        return max(load[name] / max(1, free[name]) for name in names)
+
+    from accelerate import infer_auto_device_map
+
+    with _quiet("accelerate.utils.modeling"):  # it warns of devices that are not attached here
+        # What whole layers leave over adds up on the last device; more slack shares it out.
+        return min((attempt(part * block) for part in (0.25, 0.5, 1.0)), key=fullest)
+
+
+def device_of(device_map: Mapping[str, str], name: str) -> str:
+    """The device of a module or tensor: that of the nearest module above it in the map.
+
+    A module that the map cuts in parts is where its first part is.
+    """
+    parent = name
+    while parent and parent not in device_map:
+        parent = parent.rpartition(".")[0]
+    if parent in device_map:
+        return device_map[parent]
+    return next(d for module, d in device_map.items() if module.startswith(f"{name}."))
+
+
+def _under(sizes: Mapping[str, int], module: str) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if name.startswith(module + ".")}
+
+
+def _special_dtypes(model: Any, form: WeightFormat) -> dict[str, Any]:
+    import torch
+    from accelerate.utils import CustomDtype
+
+    packed = torch.int8 if form.mode == "int8" else CustomDtype.INT4
+    special: dict[str, Any] = {f"{n}.weight": packed for n in quantized_linears(model, form)}
+    in_fp32 = _kept_in_fp32(model)
+    return special | {n: torch.float32 for n, _ in _tensors(model) if in_fp32(n)}
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _kept_in_fp32(model: Any) -> Any:
+    """A predicate: whether from_pretrained loads this tensor in fp32 whatever the dtype."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    patterns = list(model._get_dtype_plan(model.dtype))
+    if not patterns:
+        return lambda name: False
+    alternation, *_ = build_glob_alternation(patterns)
+    return lambda name: alternation.search(name) is not None
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,332 @@
+"""Sampling: what a request asks for, and the batched sampler that serves it.
+
+Parameter names and meanings are those of vLLM's ``SamplingParams``. The order of operations is
+repetition penalty, temperature, ``top_k``, ``top_p``, ``min_p``.
+
+A token is drawn by inverting the cumulative distribution at one uniform number, which comes from a
+generator of the request's own. The numbers a request sees therefore depend on its seed alone:
+not on the device, and not on who shares the batch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from inferkit.errors import NonFiniteLogitsError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+# Truncated sampling looks at this many of the likeliest tokens first. The number is fixed, so that
+# a row's arithmetic is the same in every batch; rows that need more tokens are sorted in full.
+_CANDIDATES = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and when it ends.
+
+    Attributes:
+        max_tokens: Most tokens to generate, at least 1.
+        temperature: 0 picks the likeliest token (greedy); higher values flatten the distribution.
+        top_p: Keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1].
+        repetition_penalty: Above 1 makes tokens of the prompt and the output less likely
+            (Keskar et al. 2019, CTRL); 1 does nothing.
+        seed: Seed of this request's random numbers; None draws one.
+        stop: Strings that end the text; the text returned leaves them out.
+        stop_token_ids: Token ids that end the request, besides the model's own end tokens.
+        ignore_eos: Go on past the model's end tokens (for timing a fixed length).
+        logprobs: Also return the log-probability of each token and of this many likeliest ones,
+            computed from the model's raw logits as vLLM does; 0 returns none.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high, kind in _RANGES:
+            _check_number(name, getattr(self, name), low, high, kind)
+        if self.temperature > 0 and self.top_p == 0:
+            raise OptionError("top_p=0 keeps no token: give a number in (0, 1], or temperature=0.")
+        if self.repetition_penalty == 0:
+            raise OptionError("repetition_penalty=0 divides by zero: 1.0 means no penalty.")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise OptionError(f"stop={self.stop!r}: give non-empty strings, as stop=['\\n\\n'].")
+        if not all(isinstance(i, int) for i in self.stop_token_ids):
+            raise OptionError(f"stop_token_ids={self.stop_token_ids!r}: give token ids (integers).")
+
+    @classmethod
+    def of(
+        cls, options: Mapping[str, Any], base: SamplingParams | None = None
+    ) -> SamplingParams:
+        """Build parameters from keyword options over ``base``.
+
+        Raises:
+            OptionError: An option is unknown (the nearest known one is named) or out of range.
+        """
+        known = {f.name: getattr(base, f.name) if base else f.default for f in fields(cls)}
+        for name, value in options.items():
+            if name not in known:
+                raise OptionError(unknown_option(name, known))
+            known[name] = value
+        return cls(**known)
+
+
+# (name, lowest, highest, type); None for an open end.
+_RANGES: tuple[tuple[str, float | None, float | None, type], ...] = (
+    ("max_tokens", 1, None, int),
+    ("temperature", 0, None, float),
+    ("top_p", 0, 1, float),
+    ("top_k", 0, None, int),
+    ("min_p", 0, 1, float),
+    ("repetition_penalty", 0, None, float),
+    ("seed", None, None, int),
+    ("logprobs", 0, 1000, int),
+)
+
+
+def unknown_option(name: str, known: Iterable[str]) -> str:
+    """The message for an option that does not exist, naming the nearest one that does."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"Unknown option {name!r}{hint} The options are: {', '.join(names)}."
+
+
+def _check_number(
+    name: str, value: Any, low: float | None, high: float | None, kind: type
+) -> None:
+    if value is None and name == "seed":
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or (kind is int and value != int(value)) or math.isnan(value):
+        raise OptionError(f"{name}={value!r} is not {'an integer' if kind is int else 'a number'}.")
+    if (low is not None and value < low) or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise OptionError(f"{name}={value!r} is out of range: it must be {wanted}.")
+    if math.isinf(value):
+        raise OptionError(f"{name}={value!r} must be finite.")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token chosen, and of the likeliest ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class RowSampler:
+    """One request's sampling state: its parameters, its random numbers, the tokens seen so far."""
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        self.params = params
+        self.seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(63)
+        self._random = random.Random(self.seed)
+        self._seen_ids = set(prompt_token_ids) if params.repetition_penalty != 1.0 else None
+        self._seen: torch.Tensor | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken as it is."""
+        return self.params.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the raw logits alone decide: greedy, without penalty and without logprobs."""
+        return self.greedy and self._seen_ids is None and not self.params.logprobs
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this request's own sequence."""
+        return self._random.random()
+
+    def observe(self, token_id: int) -> None:
+        """Remember a token that was generated."""
+        if self._seen_ids is not None and token_id not in self._seen_ids:
+            self._seen_ids.add(token_id)
+            if self._seen is not None:
+                self._seen[token_id] = True
+
+    def penalize(self, logits: torch.Tensor) -> torch.Tensor:
+        """Apply the repetition penalty to one row of logits [vocab]."""
+        if self._seen_ids is None:
+            return logits
+        import torch
+
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            inside = [i for i in self._seen_ids if i < logits.shape[-1]]
+            self._seen[torch.tensor(inside, device=logits.device)] = True
+        penalty = self.params.repetition_penalty
+        lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
+        return torch.where(self._seen, lowered, logits)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the sampler chose for one row; ``error`` where the logits were not finite."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    error: NonFiniteLogitsError | None = None
+
+
+def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
+    """Choose one token per row.
+
+    Args:
+        logits: [rows, vocab], in the model's dtype.
+        rows: One state per row; each sampled row consumes one random number.
+    """
+    # max, not argmax: its value shows NaN and infinity for free, and on CPU in bf16 it is faster.
+    best, best_ids = logits.max(dim=-1)
+    finite = best.isfinite().tolist()
+    ids = best_ids.tolist()
+    logprobs: dict[int, TokenLogprobs] = {}
+    busy = [i for i, row in enumerate(rows) if finite[i] and not row.plain]
+    if busy:
+        raw = logits[busy].float()
+        scores = _penalized(raw, [rows[i] for i in busy])
+        for i, token_id in zip(busy, _choose(scores, [rows[i] for i in busy]), strict=True):
+            ids[i] = token_id
+        for j, i in enumerate(busy):
+            wanted = rows[i].params.logprobs
+            if wanted:
+                logprobs[i] = _logprobs(raw[j], ids[i], wanted)
+    out = []
+    for i, row in enumerate(rows):
+        if finite[i]:
+            row.observe(ids[i])
+            out.append(Sampled(ids[i], logprobs.get(i)))
+        else:
+            out.append(Sampled(-1, error=NonFiniteLogitsError(_NON_FINITE)))
+    return out
+
+
+_NON_FINITE = (
+    "The model's logits are NaN or infinite, so no token can be chosen. The usual causes are "
+    "float16 overflow (load with dtype='bfloat16' or 'float32') and damaged weights."
+)
+
+
+def _penalized(raw: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
+    import torch
+
+    if all(row.params.repetition_penalty == 1.0 for row in rows):
+        return raw
+    return torch.stack([row.penalize(line) for row, line in zip(rows, raw, strict=True)])
+
+
+def _choose(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """Token ids for rows of fp32 scores [rows, vocab]; each kind of row in one batched call."""
+    ids = [0] * len(rows)
+    groups: dict[Any, list[int]] = {}
+    for i, row in enumerate(rows):
+        p = row.params
+        truncated = bool(p.top_k) or p.top_p < 1 or p.min_p > 0
+        groups.setdefault(_argmax if row.greedy else _truncated if truncated else _whole, []).append(i)
+    for method, members in groups.items():
+        chosen = method(scores[members], [rows[i] for i in members])
+        for i, token_id in zip(members, chosen, strict=True):
+            ids[i] = token_id
+    return ids
+
+
+def _argmax(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    return scores.argmax(dim=-1).tolist()
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _whole(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """Draw from the whole distribution, in the order of the vocabulary."""
+    probs = (scores / _column([r.params.temperature for r in rows], scores)).softmax(dim=-1)
+    return _invert(probs, [r.uniform() for r in rows]).tolist()
+
+
+def _truncated(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+    """Draw from the likeliest tokens that top_k, top_p and min_p leave."""
+    scores = scores / _column([r.params.temperature for r in rows], scores)
+    uniform = [r.uniform() for r in rows]
+    log_total = scores.logsumexp(dim=-1, keepdim=True)
+    count = min(_CANDIDATES, scores.shape[-1])
+    top, top_ids = scores.topk(count, dim=-1)
+    kept, enough = _keep(top, log_total, rows, scores.shape[-1])
+    chosen = top_ids.gather(-1, _invert(kept, uniform)[:, None])[:, 0].tolist()
+    for i, whole in enumerate(enough.tolist()):
+        if not whole and count < scores.shape[-1]:
+            ordered, order = scores[i : i + 1].sort(dim=-1, descending=True)
+            kept, _ = _keep(ordered, log_total[i : i + 1], rows[i : i + 1], scores.shape[-1])
+            chosen[i] = int(order[0, _invert(kept, uniform[i : i + 1])[0]])
+    return chosen
+
+
+def _keep(
+    top: torch.Tensor, log_total: torch.Tensor, rows: Sequence[RowSampler], vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities [rows, n] of sorted candidates with the dropped ones at 0.
+
+    Also tells, per row, whether the candidates were enough: whether the next token beyond them
+    would have been dropped as well.
+    """
+    import torch
+
+    n = top.shape[-1]
+    top_k = _column([r.params.top_k if r.params.top_k < vocab else 0 for r in rows], top)
+    top_k = torch.where(top_k > 0, top_k, math.inf)
+    top_p = _column([r.params.top_p for r in rows], top)
+    min_p = _column([r.params.min_p for r in rows], top)
+    rank = torch.arange(n, device=top.device)[None]
+    within_k = rank < top_k
+    probs = (top - log_total).exp() * within_k
+    mass = torch.where(top_k <= n, probs.sum(dim=-1, keepdim=True), torch.ones_like(top_k))
+    probs = probs / mass
+    before = probs.cumsum(dim=-1) - probs
+    keep = within_k & (before < top_p) & (probs >= min_p * probs[:, :1])
+    enough = (top_k[:, 0] <= n) | (top_k[:, 0].isinf() & ~keep[:, -1])
+    return probs * keep, enough
+
+
+def _invert(weights: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
+    """First index whose cumulative weight exceeds uniform x total; weights [rows, n]."""
+    import torch
+
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = _column(uniform, weights) * total
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding can put the target on the total: take the last token with weight, not one past it.
+    last = (cumulative < total).sum(dim=-1)
+    return torch.minimum(index, last)
+
+
+def _logprobs(raw: torch.Tensor, token_id: int, count: int) -> TokenLogprobs:
+    logprobs = raw - raw.logsumexp(dim=-1)
+    values, ids = logprobs.topk(min(count, raw.shape[-1]))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token_id, float(logprobs[token_id]), top)

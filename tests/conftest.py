@@ -1,0 +1,72 @@
+"""What the tests share: small models on disk, the demo model, a browser, and quiet libraries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before the first import of torch or huggingface_hub, which read them once. Small models run
+# slower on many threads, and no test may reach a hub.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the GPU tests, by name and with the reason, where there is no CUDA device."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a small random model: ``tiny_model("gemma3")``; see architectures.py."""
+    import architectures
+
+    saved: dict[str, Path] = {}
+
+    def folder(arch: str) -> Path:
+        if arch not in saved:
+            saved[arch] = architectures.save(arch, tmp_path_factory.mktemp("models") / arch)
+        return saved[arch]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """The demo model's folder of safetensors, converted in the user's cache on first use."""
+    from inferkit import catalog
+
+    return Path(catalog.resolve("demo").path)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium for Playwright's ``executable_path``; fails where there is none."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.fail(
+            f"This test drives a browser and none of {', '.join(BROWSERS)} is on PATH. Install one "
+            "(Debian: apt-get install chromium), or leave these tests out: make test-fast."
+        )
+    return found
