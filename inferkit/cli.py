@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from inferkit.generation import Generation
     from inferkit.model import Model
 
-_MODEL_OPTIONS = ("device", "dtype", "quantize", "max_batch", "context", "revision")
-_LOAD_OPTIONS = (*_MODEL_OPTIONS, "batching", "force", "trust_remote_code")
+_MODEL_OPTIONS = (
+    "device",
+    "dtype",
+    "quantize",
+    "max_batch",
+    "context",
+    "revision",
+    "trust_remote_code",
+)
+_LOAD_OPTIONS = (*_MODEL_OPTIONS, "batching", "force")
 _SAMPLING_OPTIONS = (
     "max_tokens",
     "temperature",
@@ -100,6 +108,8 @@ def _show(
             for piece in request:
                 written += out.write(piece)
                 out.flush()
+        except ik.InferkitError:
+            pass  # kept in the generation's error, which the caller reports after all the text
         except KeyboardInterrupt:
             interrupted = True
             for other in requests:
@@ -194,9 +204,6 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_model_options(run)
     run.add_argument("--batching", help="continuous, static or off")
     run.add_argument("--force", action="store_true", help="load although the plan says no")
-    run.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model ships"
-    )
     sampling = run.add_argument_group("sampling (default: the model's own)")
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
@@ -244,3 +251,6 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=int, metavar="N", help="tokens per request")
     group.add_argument("--max-batch", type=int, metavar="N", help="requests that run together")
     group.add_argument("--revision", help="a branch, tag or commit of the hub")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that the model ships"
+    )

@@ -29,11 +29,11 @@ from inferkit.errors import DamagedFileError, LoadError, ModelNotFoundError
 
 __all__ = [
     "cache_dir",
+    "conversions",
     "convert_demo",
     "convert_file",
-    "conversions",
-    "demo_header",
     "demo_is_installed",
+    "demo_parts",
     "finished",
     "finished_demo",
     "sha256_notes",
@@ -68,7 +68,10 @@ def finished(sha256: str) -> Path | None:
     if manifest.get("source", {}).get("sha256") != sha256:
         return None
     try:
-        model_files.check_whole(folder, model_files.weight_files(folder))
+        names = model_files.weight_files(folder)
+        if not names or not all((folder / name).is_file() for name in manifest["files"]):
+            return None
+        model_files.check_whole(folder, names)
     except DamagedFileError:
         return None  # made again: the GGUF is the original, this only a copy
     return folder
@@ -95,7 +98,7 @@ def convert_file(path: Path, *, progress: bool) -> Path:
         DamagedFileError, ModelNotFoundError, UnsupportedModelError: See ``gguf_convert.convert``.
         LoadError: The cache folder cannot be written, or is full.
     """
-    gguf_convert.open_gguf(path, header_only=True)  # refuse what is no GGUF before hashing it
+    gguf_convert.open_gguf(path)  # refuse what is truncated or no GGUF before hashing it
     with _cache_faults(path.name):
         digest = model_files.remembered_sha256(path, sha256_notes(), progress=progress)
     return finished(digest) or _make(digest, path.name, lambda _: path, progress, str(path))
@@ -127,15 +130,15 @@ def demo_is_installed() -> bool:
     return importlib.util.find_spec(DEMO_PACKAGE) is not None
 
 
-def demo_header() -> Path:
-    """The file that holds the GGUF header of the demo model: the first of its parts.
+def demo_parts() -> list[Path]:
+    """The files that joined are the demo model's GGUF; the first one holds its whole header.
 
     Raises:
         ModelNotFoundError: The demo package is not installed.
     """
     if not demo_is_installed():
         raise ModelNotFoundError(f"the demo model is not installed: `{_INSTALL_DEMO}`.")
-    return Path(importlib.import_module(DEMO_PACKAGE).chunk_paths()[0])
+    return [Path(part) for part in importlib.import_module(DEMO_PACKAGE).chunk_paths()]
 
 
 def _home() -> Path:

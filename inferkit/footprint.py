@@ -74,7 +74,8 @@ def weight_format(config: Any, quantize: str) -> tuple[WeightFormat, str]:
     if stored is None:
         return WeightFormat(quantize), ""
     settings = stored if isinstance(stored, dict) else stored.to_dict()
-    method = str(settings.get("quant_method", "unknown")).rpartition(".")[2].lower()
+    method = settings.get("quant_method", "unknown")
+    method = str(getattr(method, "value", method))  # an enum where bitsandbytes made the config
     if "bitsandbytes" not in method:
         note = f"The checkpoint is stored as {method}; its weights are counted unpacked."
         return WeightFormat(quantize), note
@@ -130,6 +131,7 @@ def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
         ) from error
     # The default kernels of mixture-of-experts layers group tokens by value, which meta has not.
     model.set_experts_implementation("batched_mm")
+    model.config.pad_token_id = None  # some models look for padding by value to warn of it
     return model.eval()
 
 
@@ -199,6 +201,7 @@ def split_modules(
     whole = sorted(model._no_split_modules or ())
     blocks = [n for n, m in model.named_modules() if type(m).__name__ in whole]
     block = max((sum(_under(sizes, b).values()) for b in blocks), default=max(sizes.values()))
+    largest = max(sizes.values())
     share = sum(sizes.values()) / max(1, sum(free.values()))
     special = _special_dtypes(model, form)
 
@@ -206,6 +209,8 @@ def split_modules(
         # accelerate keeps room on its first device for layers that return from offload. Nothing
         # is offloaded here, so that first device is one that does not exist and has no room.
         budget = {0: 0} | {i: int(share * free[n] + slack) for i, n in enumerate(names, start=1)}
+        if largest <= free[names[0]]:  # else a large embedding would move all to later devices
+            budget[1] = max(budget[1], int(largest + slack))
         budget[len(names)] = 2 * sum(sizes.values()) + block
         placed = infer_auto_device_map(
             model, max_memory=budget, no_split_module_classes=whole, special_dtypes=special

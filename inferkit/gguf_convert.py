@@ -174,9 +174,10 @@ def _lean_reader() -> type[Any]:
             if count <= _LONG_ARRAY or element == types.ARRAY:
                 return super()._get_field_parts(orig_offs, raw_type)
             start = orig_offs + 12
+            data: Any = self.data
             _, first, _, _ = super()._get_field_parts(start, element)
             if element == types.STRING:
-                end = _skip_strings(memoryview(self.data), start, count)
+                end = _skip_strings(memoryview(data), start, count)
             else:
                 end = start + count * first[0].nbytes
             # The first element stands for all: transformers asks a vocabulary for its length only.
@@ -307,9 +308,10 @@ def _processed(
     """A tensor's float32 values as row slices, with its GGUF name; or nothing.
 
     A tensor that the model does not have (rotary frequencies, say) yields nothing. A processor
-    rearranges some tensors (rotary halves, experts, norms stored plus one). It returns the very array it got where
-    it changes nothing: only then can slices be handled one by one.
+    rearranges some tensors (rotary halves, experts, norms stored plus one). It returns the very
+    array it got where it changes nothing: only then can slices be handled one by one.
     """
+    import numpy as np
     import torch
     from gguf import dequantize
 
@@ -324,7 +326,8 @@ def _processed(
     data = tensor.data
     step = max(1, _SLICE_ELEMENTS * len(data) // max(1, int(tensor.n_elements)))
     if data.ndim == 2 and len(data) > step:
-        values = dequantize(data[:1], tensor.tensor_type)
+        # An array of the full shape that takes no memory tells what the processor would change.
+        values = np.broadcast_to(np.float32(0), tuple(reversed(tensor.shape.tolist())))
         probe = processor.process(
             weights=values,
             name=tensor.name,

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from html import escape
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from inferkit.errors import OptionError
@@ -61,7 +61,7 @@ class Trace:
     def __post_init__(self) -> None:
         known = (self.arrival, self.scheduled, *self.tokens, self.finished)
         times = [time for time in known if time is not None]
-        for earlier, later in zip(times, times[1:]):
+        for earlier, later in pairwise(times):
             if later < earlier:
                 raise OptionError(
                     f"a trace's times run backwards ({later} ns comes after {earlier} ns); the "
@@ -119,7 +119,7 @@ class Latency:
     def itl(self) -> list[float]:
         """Inter-token latency: the gap between each token and the one before."""
         tokens = self.trace.tokens
-        return [(after - before) * _NS for before, after in zip(tokens, tokens[1:])]
+        return [(after - before) * _NS for before, after in pairwise(tokens)]
 
     @property
     def e2e(self) -> float | None:
@@ -182,8 +182,8 @@ class Latency:
         return table(
             ("queue ms", "TTFT ms", "TPOT ms", "E2E ms", "prompt", "output", "tokens/s"),
             [(*cells, self.prompt_tokens, self.output_tokens, speed)],
-            note="vLLM definitions (vllm bench serve): TTFT = first token − arrival; TPOT = "
-            "(E2E − TTFT) / (output tokens − 1); E2E = last token − arrival. "
+            note="vLLM definitions (vllm bench serve): TTFT = first token - arrival; TPOT = "
+            "(E2E - TTFT) / (output tokens - 1); E2E = last token - arrival. "
             "Queue = arrival to first scheduled step.",
         )
 
@@ -269,6 +269,7 @@ class Definitions:
         interpolated: True for numpy's linear interpolation; False for nearest rank.
         window: Traces (all, ok) -> (start, end) in ns, of the time that rates are divided by.
         tpot_missing: What a TPOT objective says of a request with fewer than two tokens.
+        gap_metric: Its metric for the time between tokens.
         share: How requests that failed count in ``good_request_fraction``; None: not reported.
     """
 
@@ -280,6 +281,7 @@ class Definitions:
     interpolated: bool
     window: Callable[[Sequence[Trace], Sequence[Trace]], tuple[int, int]]
     tpot_missing: Literal["met", "missed", "left out"]
+    gap_metric: str
     share: Literal["failed", "errors"] | None
 
     def metric(self, name: str) -> Metric:
@@ -397,20 +399,21 @@ _VLLM = Definitions(
     title="vLLM",
     source="vllm bench serve (vllm-project/vllm@009e6d4 vllm/benchmarks/serve.py)",
     metrics=(
-        Metric("ttft", "TTFT", "s", "first token − arrival", _each("ttft")),
+        Metric("ttft", "TTFT", "s", "first token - arrival", _each("ttft")),
         Metric(
-            "tpot", "TPOT", "s", "(E2E − TTFT) / (output tokens − 1), per request", _each("tpot")
+            "tpot", "TPOT", "s", "(E2E - TTFT) / (output tokens - 1), per request", _each("tpot")
         ),
         Metric("itl", "ITL", "s", "gap between successive tokens, all requests pooled", _itl),
-        Metric("e2e", "E2E", "s", "last token − arrival (vLLM's e2el)", _each("e2e")),
+        Metric("e2e", "E2E", "s", "last token - arrival (vLLM's e2el)", _each("e2e")),
         Metric(
-            "queue", "queue", "s", "first scheduled step − arrival (inferkit's own)", _each("queue")
+            "queue", "queue", "s", "first scheduled step - arrival (inferkit's own)", _each("queue")
         ),
     ),
     percentiles=(("p50", 500), ("p90", 900), ("p95", 950), ("p99", 990)),
     interpolated=True,
     window=_wall_time,
     tpot_missing="met",
+    gap_metric="itl",
     share=None,
 )
 
@@ -422,20 +425,20 @@ _AIPERF = Definitions(
     source="AIPerf 0.13 (ai-dynamo/aiperf docs/metrics-reference.md@0176f59, "
     "src/aiperf/metrics/metric_dicts.py)",
     metrics=(
-        Metric("time_to_first_token", "TTFT", "ms", "first token − start", _each("ttft")),
+        Metric("time_to_first_token", "TTFT", "ms", "first token - start", _each("ttft")),
         Metric(
             "time_to_second_token",
             "TTST",
             "ms",
-            "second token − first token",
+            "second token - first token",
             lambda latency: latency.itl[:1],
         ),
-        Metric("request_latency", "Request Latency", "ms", "last token − start", _each("e2e")),
+        Metric("request_latency", "Request Latency", "ms", "last token - start", _each("e2e")),
         Metric(
             "inter_token_latency",
             "Inter Token Latency",
             "ms",
-            "(request latency − TTFT) / (output tokens − 1), per request: vLLM's TPOT",
+            "(request latency - TTFT) / (output tokens - 1), per request: vLLM's TPOT",
             _each("tpot"),
         ),
         Metric(
@@ -450,6 +453,7 @@ _AIPERF = Definitions(
     interpolated=True,
     window=_valid_responses,
     tpot_missing="missed",
+    gap_metric="inter_chunk_latency",
     share="failed",
 )
 
@@ -460,15 +464,15 @@ _GUIDELLM = Definitions(
     "{request_stats,statistics}.py, src/guidellm/benchmark/schemas/metrics.py)",
     metrics=(
         Metric(
-            "request_latency", "request latency", "s", "request end − start", _until_end, shown="s"
+            "request_latency", "request latency", "s", "request end - start", _until_end, shown="s"
         ),
-        Metric("time_to_first_token_ms", "TTFT", "ms", "first token − start", _each("ttft")),
+        Metric("time_to_first_token_ms", "TTFT", "ms", "first token - start", _each("ttft")),
         Metric(
             "inter_token_latency_ms",
             "inter-token latency",
             "ms",
-            "(last − first token) / (output tokens − 1), per request, weighted by output "
-            "tokens − 1: vLLM's TPOT",
+            "(last - first token) / (output tokens - 1), per request, weighted by output "
+            "tokens - 1: vLLM's TPOT",
             _each("tpot"),
             weight=lambda latency: latency.output_tokens - 1,
         ),
@@ -476,7 +480,7 @@ _GUIDELLM = Definitions(
             "time_per_output_token_ms",
             "time per output token",
             "ms",
-            "(last token − start) / output tokens, the first included, weighted by output tokens",
+            "(last token - start) / output tokens, the first included, weighted by output tokens",
             _e2e_per_token,
             weight=lambda latency: latency.output_tokens,
         ),
@@ -488,6 +492,7 @@ _GUIDELLM = Definitions(
     interpolated=False,
     window=_wall_time,
     tpot_missing="left out",
+    gap_metric="inter_token_latency_ms",
     share="errors",
 )
 
@@ -518,7 +523,7 @@ class LatencySummary:
     """
 
     definitions: str
-    latencies: tuple[Latency, ...] = field(compare=False)
+    latencies: tuple[Latency, ...]
     slo: Mapping[str, float] | None
     metrics: Mapping[str, Distribution]
     duration: float
@@ -539,12 +544,22 @@ class LatencySummary:
         return [*object.__dir__(self), *self.metrics]
 
     def __getitem__(self, name: str) -> Distribution:
-        return self.metrics[DEFINITIONS[self.definitions].metric(name).name]
+        return self.metrics[self.spec.metric(name).name]
+
+    @property
+    def spec(self) -> Definitions:
+        """What the definitions say: metrics, percentiles, source."""
+        return DEFINITIONS[self.definitions]
+
+    @property
+    def done(self) -> list[Latency]:
+        """The requests that succeeded, which are those that count."""
+        return _done(self.latencies)
 
     @property
     def completed(self) -> int:
         """Requests that succeeded."""
-        return len(_done(self.latencies))
+        return len(self.done)
 
     @property
     def failed(self) -> int:
@@ -554,12 +569,12 @@ class LatencySummary:
     @property
     def total_output_tokens(self) -> int:
         """Tokens generated by the requests that succeeded."""
-        return sum(one.output_tokens for one in _done(self.latencies))
+        return sum(one.output_tokens for one in self.done)
 
     @property
     def total_prompt_tokens(self) -> int:
         """Prompt tokens of the requests that succeeded."""
-        return sum(one.prompt_tokens for one in _done(self.latencies))
+        return sum(one.prompt_tokens for one in self.done)
 
     @property
     def output_tokens_per_second(self) -> float | None:
@@ -578,15 +593,14 @@ class LatencySummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Every number, with each metric's unit and meaning, ready for JSON."""
-        spec = DEFINITIONS[self.definitions]
         return {
             "definitions": self.definitions,
-            "source": spec.source,
+            "source": self.spec.source,
             **{name: getattr(self, name) for name in _TOTALS},
             "slo": None if self.slo is None else dict(self.slo),
             "metrics": {
                 metric.name: {"meaning": metric.meaning, **self.metrics[metric.name].to_dict()}
-                for metric in spec.metrics
+                for metric in self.spec.metrics
             },
         }
 
@@ -598,16 +612,16 @@ class LatencySummary:
         """One row per metric, one column per statistic; the column ``unit`` says "ms" or "s"."""
         import pandas as pd
 
-        rows = {}
-        for metric in DEFINITIONS[self.definitions].metrics:
+        rows = []
+        for metric in self.spec.metrics:
             found = self.metrics[metric.name]
             numbers = {**found.to_dict(), "median": found.median}
             scale = _PER_SECOND[metric.shown] / _PER_SECOND[metric.unit]
             for name in numbers.keys() - {"unit", "count"}:
                 value = numbers[name]
                 numbers[name] = math.nan if value is None else value * scale
-            rows[metric.name] = {**numbers, "unit": metric.shown}
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("metric")
+            rows.append({"metric": metric.name, **numbers, "unit": metric.shown})
+        return pd.DataFrame(rows).set_index("metric")
 
     def requests(self) -> pd.DataFrame:
         """One row per request, failed ones included, in the units of `metrics`.
@@ -618,7 +632,7 @@ class LatencySummary:
         import pandas as pd
 
         start = min(one.trace.arrival for one in self.latencies)
-        metrics = DEFINITIONS[self.definitions].metrics
+        metrics = self.spec.metrics
         columns = {m.name: f"{m.name}_mean" if m.values is _itl else m.name for m in metrics}
         rows = []
         for one in self.latencies:
@@ -647,28 +661,27 @@ class LatencySummary:
         return plots.summary_figure(self)
 
     def __repr__(self) -> str:
-        title = DEFINITIONS[self.definitions].title
+        title = self.spec.title
         head = f"{title} definitions, {self.completed} requests completed, {self.failed} failed"
         rates = ", ".join(f"{name} {value}" for name, value in self._rates())
         return f"{head}\n{text_table(_COLUMNS, self._rows())}\n{rates}"
 
     def _repr_html_(self) -> str:
-        spec = DEFINITIONS[self.definitions]
-        meanings = "; ".join(f"{m.label} = {m.meaning}" for m in spec.metrics)
-        method = "linear interpolation" if spec.interpolated else "nearest rank"
-        caption = f"Latency of {self.completed} requests, {self.failed} failed: {spec.title}"
+        meanings = "; ".join(f"{m.label} = {m.meaning}" for m in self.spec.metrics)
+        method = "linear interpolation" if self.spec.interpolated else "nearest rank"
+        caption = f"Latency of {self.completed} requests, {self.failed} failed: {self.spec.title}"
         metrics = table(
             _COLUMNS,
             self._rows(),
             caption=f"{caption} definitions",
-            note=f"{meanings}. Percentiles by {method}. Source: {spec.source}.",
+            note=f"{meanings}. Percentiles by {method}. Source: {self.spec.source}.",
         )
         names, values = zip(*self._rates())
         return metrics + table(names, [values])
 
     def _rows(self) -> list[list[object]]:
         frame = self.to_frame()
-        labels = {m.name: m.label for m in DEFINITIONS[self.definitions].metrics}
+        labels = {m.name: m.label for m in self.spec.metrics}
         return [
             [labels[name], row["unit"], row["count"], *(_number(row[c]) for c in _COLUMNS[3:])]
             for name, row in frame.iterrows()
@@ -789,12 +802,12 @@ def _rate(count: int, seconds: float) -> float | None:
 
 
 def _ms(seconds: float | None, unit: str = "ms") -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:.1f}{unit}"
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}{unit}"
 
 
 def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
-        return "–"
+        return "-"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 

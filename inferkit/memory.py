@@ -305,6 +305,7 @@ def _against(needed: int, where: str, free: int) -> str:
 
 
 def _memory(names: Sequence[str], free: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Total and free bytes of each device; those named in ``free`` need not be attached."""
     known = {} if set(names) <= set(free) else {d.name: d for d in attached_devices()}
     memory = {}
     for name in names:

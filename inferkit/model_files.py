@@ -1,4 +1,4 @@
-"""The files of a model folder: which ones hold the weights, whether they are whole, their sha256."""
+"""The files of a model folder: which hold the weights, whether they are whole, their sha256."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 from inferkit.errors import DamagedFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tqdm import tqdm
 
 __all__ = [
@@ -37,7 +35,7 @@ _INDEXES = {
     "pytorch_model.bin": "pytorch_model.bin.index.json",
 }
 SIDE_FILES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
-"""Ends of the names of small files that belong to a model: configs, tokenizer, chat template, code."""
+"""Endings of the small files of a model: configs, tokenizer, chat template, code."""
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:
@@ -110,7 +108,8 @@ def _check_safetensors(path: Path) -> None:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= size - 8:
             raise _damaged(
-                path, f"it has {size:,} bytes, and its first 8 bytes announce a header of {length:,}"
+                path,
+                f"it has {size:,} bytes, and its first 8 bytes announce a header of {length:,}",
             )
         header = file.read(length)
     try:
@@ -128,7 +127,7 @@ def _check_pickle(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     _refuse_lfs_pointer(path, start)
-    if start[:2] == b"PK" and not zipfile.is_zipfile(path) or not start:
+    if (start[:2] == b"PK" and not zipfile.is_zipfile(path)) or not start:
         raise _damaged(path, f"its end is missing; the file has {path.stat().st_size:,} bytes")
 
 

@@ -91,11 +91,6 @@ class SlotCache:
         """Bytes of all slots."""
         return sum(x.keys.nbytes + x.values.nbytes for x in self._layers)
 
-    @property
-    def capacity(self) -> int:
-        """Positions of a full-attention row, or of the longest ring."""
-        return max((x.capacity for x in self._layers), default=self.context)
-
     # -- what a forward pass uses ---------------------------------------------------------------
 
     def begin(self, view: View) -> None:

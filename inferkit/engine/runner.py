@@ -87,11 +87,6 @@ class SlottedRunner:
         longest = max(max(row) for row in positions)
         return self._forward([c.slot for c in chunks], tokens, positions, last, longest)
 
-    def padding_fits(self, ends: Sequence[int], width: int, lengths: Sequence[int]) -> bool:
-        """Whether parts that end at ``ends`` can be padded to ``width`` within the cache."""
-        pads = (end + width - n for end, n in zip(ends, lengths, strict=True))
-        return max(pads) <= self.cache.capacity
-
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab]."""
         return self._forward(
@@ -160,7 +155,7 @@ def _layer_devices(module: Any, layers: int, default: torch.device) -> list[torc
     return found
 
 
-def supports_slots(module: Any, geometry: Sequence[LayerKV]) -> str | None:
+def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> str | None:
     """Why an architecture cannot run over slots, or None where it may (then `probe` it)."""
     name = type(module).__name__
     if not getattr(module, "_supports_attention_backend", False):
@@ -170,11 +165,26 @@ def supports_slots(module: Any, geometry: Sequence[LayerKV]) -> str | None:
     strange = sorted({g.kind for g in geometry} - {"full", "sliding", "chunked"})
     if strange:
         return f"{name} has layers without a KV cache of their own ({', '.join(strange)})"
+    if _rope_depends_on_length(module.config, context):
+        return f"{name} changes its rotary positions for all rows when one row grows long"
     accepted = inspect.signature(module.forward).parameters
     missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(accepted)
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     return None
+
+
+def _rope_depends_on_length(config: Any, context: int) -> bool:
+    """Dynamic and LongRoPE scaling look at the longest row of a batch (transformers' rope utils)."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = kind.get("original_max_position_embeddings") or text.max_position_embeddings
+            if context > limit:
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)

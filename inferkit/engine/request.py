@@ -1,0 +1,261 @@
+"""Request: the live handle on a prompt that the engine works on, safe to use from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import Any
+
+from inferkit.engine.detokenize import Detokenizer
+from inferkit.errors import InferkitError
+from inferkit.generation import FinishReason, Generation, Settings
+from inferkit.latency import Latency, Trace
+from inferkit.sampling import RowSampler, Sampled, SamplingParams, TokenLogprobs
+
+_ids = itertools.count(1)
+# A wait that is cut into pieces can be interrupted on every platform.
+_TICK = 0.25
+
+
+class Request:
+    """A prompt on its way: iterate it for text, ``await`` it or call `result` for the Generation.
+
+    Every method may be called from any thread. Each iteration starts at the first piece of text,
+    so that two readers see the same.
+
+    Attributes:
+        id: A number unique in this process.
+        prompt: The prompt as given; None where token ids were given.
+        prompt_token_ids: The prompt's tokens.
+        params: The sampling parameters.
+    """
+
+    def __init__(
+        self,
+        prompt: str | None,
+        prompt_token_ids: tuple[int, ...],
+        params: SamplingParams,
+        settings: Settings,
+        detokenizer: Detokenizer,
+        on_cancel: Callable[[], None],
+    ) -> None:
+        self.id = next(_ids)
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.sampler = RowSampler(params, prompt_token_ids)
+        self.settings = settings
+        self.arrival = time.perf_counter_ns()
+        self._detokenizer = detokenizer
+        self._on_cancel = on_cancel
+        self._changed = threading.Condition()
+        self._pieces: list[str] = []
+        self._token_ids: list[int] = []
+        self._times: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._scheduled: int | None = None
+        self._cached = 0
+        self._cancelled = False
+        self._generation: Generation | None = None
+        self._listeners: list[Callable[[], None]] = []
+
+    # -- for whoever holds the handle -----------------------------------------------------------
+
+    @property
+    def status(self) -> str:
+        """ "waiting", "running", or the finish reason."""
+        with self._changed:
+            if self._generation is not None:
+                return self._generation.finish_reason
+            return "waiting" if self._scheduled is None else "running"
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self._generation is not None
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        with self._changed:
+            return "".join(self._pieces)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens so far."""
+        with self._changed:
+            return tuple(self._token_ids)
+
+    @property
+    def latency(self) -> Latency:
+        """The timing so far."""
+        with self._changed:
+            return Latency(self._trace(None))
+
+    def cancel(self) -> None:
+        """Stop it: the slot is free by the engine's next step, and the text so far is kept."""
+        self._cancelled = True
+        self._on_cancel()
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the end and return the Generation; an error is in its ``error``.
+
+        Raises:
+            TimeoutError: ``timeout`` seconds went by first; the request goes on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._generation is None:
+                left = _TICK if deadline is None else min(_TICK, deadline - time.monotonic())
+                if left <= 0:
+                    raise TimeoutError(
+                        f"Request {self.id} is not done after {timeout} s; it goes on. "
+                        "Call result() again, or cancel()."
+                    )
+                self._changed.wait(left)
+            return self._generation
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text as they come; raises the request's error at its end, if it has one."""
+        for index in itertools.count():
+            with self._changed:
+                while index >= len(self._pieces) and self._generation is None:
+                    self._changed.wait(_TICK)
+                if index >= len(self._pieces):
+                    break
+                piece = self._pieces[index]
+            yield piece
+        self.result().raise_for_error()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The same in a coroutine: ``async for piece in request``."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        self._listen(wake)
+        try:
+            for index in itertools.count():
+                while index >= len(self._pieces) and self._generation is None:
+                    await news.wait()
+                    news.clear()
+                if index >= len(self._pieces):
+                    break
+                yield self._pieces[index]
+        finally:
+            self._unlisten(wake)
+        self.result().raise_for_error()
+
+    def __await__(self) -> Generator[Any, None, Generation]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Generation:
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        self._listen(wake)
+        try:
+            while self._generation is None:
+                await news.wait()
+                news.clear()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            self._unlisten(wake)
+        return self._generation
+
+    def _listen(self, wake: Callable[[], None]) -> None:
+        with self._changed:
+            self._listeners.append(wake)
+
+    def _unlisten(self, wake: Callable[[], None]) -> None:
+        with self._changed:
+            self._listeners.remove(wake)
+
+    def __repr__(self) -> str:
+        return f"<Request {self.id} {self.status}: {self.text!r}>"
+
+    # -- for the engine's thread ----------------------------------------------------------------
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked to stop it."""
+        return self._cancelled
+
+    def schedule(self, now: int, cached: int) -> None:
+        """It takes part in a step for the first time; ``cached`` prompt tokens need no prefill."""
+        with self._changed:
+            if self._scheduled is None:
+                self._scheduled, self._cached = now, cached
+
+    def emit(self, sampled: Sampled, now: int, *, end: bool) -> bool:
+        """Take a token at ``now`` (ns); return whether a stop string ended the text.
+
+        An ``end`` token is kept in the ids, and its text is not shown.
+        """
+        with self._changed:
+            self._token_ids.append(sampled.token_id)
+            self._times.append(now)
+            if sampled.logprobs is not None:
+                self._logprobs.append(sampled.logprobs)
+            piece = "" if end else self._detokenizer.add(sampled.token_id)
+            self._publish(piece)
+        return self._detokenizer.stopped_by is not None
+
+    def finish(
+        self,
+        reason: FinishReason,
+        *,
+        stop_reason: str | int | None = None,
+        error: InferkitError | None = None,
+    ) -> Generation:
+        """End it."""
+        with self._changed:
+            self._publish(self._detokenizer.flush())
+            self._generation = Generation(
+                prompt=self.prompt,
+                text="".join(self._pieces),
+                token_ids=tuple(self._token_ids),
+                prompt_token_ids=self.prompt_token_ids,
+                finish_reason=reason,
+                stop_reason=self._detokenizer.stopped_by or stop_reason,
+                latency=Latency(self._trace(reason)),
+                params=self.params,
+                seed=self.sampler.seed,
+                settings=self.settings,
+                logprobs=tuple(self._logprobs) if self.params.logprobs else None,
+                error=error,
+            )
+            self._publish("")
+            return self._generation
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens so far."""
+        return len(self._token_ids)
+
+    def _publish(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+        self._changed.notify_all()
+        for wake in self._listeners:
+            wake()
+
+    def _trace(self, reason: FinishReason | None) -> Trace:
+        return Trace(
+            arrival=self.arrival,
+            scheduled=self._scheduled,
+            tokens=tuple(self._times),
+            finished=None if reason is None else time.perf_counter_ns(),
+            prompt_tokens=len(self.prompt_token_ids),
+            cached_tokens=self._cached,
+            ok=reason in (None, "stop", "length"),
+            finish_reason=reason,
+        )

@@ -1,0 +1,69 @@
+"""The fallback for architectures that cannot share a batch over slots: one request at a time.
+
+transformers' own ``generate`` runs the model, with whatever cache or state the architecture has.
+Our sampler chooses each token, so that parameters, timing and cancellation are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+
+class SequentialRunner:
+    """Runs one prompt from beginning to end. Used by the engine's thread alone.
+
+    Attributes:
+        reason: Why the model is not run over slots.
+    """
+
+    def __init__(self, module: Any, *, context: int, prefill_chunk: int, reason: str) -> None:
+        self.module = module
+        self.device = module.get_input_embeddings().weight.device
+        self.context = context
+        self.prefill_chunk = prefill_chunk
+        self.reason = reason
+
+    @torch.inference_mode()
+    def run(self, tokens: Sequence[int], choose: Callable[[torch.Tensor], int | None]) -> None:
+        """Generate until ``choose``, given logits [1, vocab], returns None instead of a token."""
+        chooser = _Chooser(choose)
+        prompt = torch.tensor([list(tokens)], device=self.device)
+        config = GenerationConfig(
+            max_new_tokens=self.context, do_sample=False, pad_token_id=0, use_cache=True
+        )
+        self.module.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            generation_config=config,
+            logits_processor=[chooser],
+            stopping_criteria=[chooser.stopping],
+        )
+
+    def release(self) -> None:
+        """Nothing is held between requests."""
+
+
+class _Chooser(LogitsProcessor):
+    """Puts our choice in the place of generate's own."""
+
+    def __init__(self, choose: Callable[[torch.Tensor], int | None]) -> None:
+        self._choose = choose
+        self.stopping = _Stopping()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        token_id = self._choose(scores)
+        self.stopping.over = token_id is None
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, token_id or 0] = 0
+        return forced
+
+
+class _Stopping(StoppingCriteria):
+    over = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.over, device=input_ids.device)
