@@ -129,7 +129,7 @@ def _latency_table(generations: Sequence[Generation]) -> str:
     def row(number: int, gen: Generation) -> tuple[object, ...]:
         latency = gen.latency
         times = (latency.queue, latency.ttft, latency.tpot, latency.e2e)
-        shown = ("-" if t is None else f"{1000 * t:.1f}" for t in times)
+        shown = ("–" if t is None else f"{1000 * t:.1f}" for t in times)
         return (number, gen.finish_reason, len(gen.token_ids), *shown)
 
     header = ("prompt", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms")

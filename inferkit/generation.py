@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,7 +126,7 @@ class Generations(list[Generation]):
         )
 
 
-def _row(gen: Generation) -> Iterable[object]:
+def _row(gen: Generation) -> Sequence[object]:
     text = gen.text.strip().replace("\n", " ")
     if gen.error is not None:
         text = f"{type(gen.error).__name__}: {gen.error}"
@@ -136,5 +136,5 @@ def _row(gen: Generation) -> Iterable[object]:
         shown,
         gen.finish_reason,
         len(gen.token_ids),
-        *("–" if t is None else f"{1000 * t:.1f}" for t in times),
+        *("-" if t is None else f"{1000 * t:.1f}" for t in times),
     )

@@ -224,7 +224,7 @@ def plan(
         context=context,
         max_batch=max_batch,
         devices=names,
-        dtype=resolve_dtype(dtype, names, _stored_dtype(config)),
+        dtype=resolve_dtype(dtype, names, stored_dtype(config)),
         model=name,
         free=free,
         prefill_chunk=prefill_chunk,
@@ -314,7 +314,7 @@ def _memory(names: Sequence[str], free: Mapping[str, int]) -> dict[str, tuple[in
     return memory
 
 
-def _stored_dtype(config: Any) -> str | None:
+def stored_dtype(config: Any) -> str | None:
     stored = config.get_text_config(decoder=True).dtype or config.dtype
     return None if stored is None else str(stored).removeprefix("torch.")
 

@@ -76,15 +76,15 @@ class SamplingParams:
             raise OptionError(f"stop_token_ids={self.stop_token_ids!r}: give token ids (integers).")
 
     @classmethod
-    def of(
-        cls, options: Mapping[str, Any], base: SamplingParams | None = None
-    ) -> SamplingParams:
+    def of(cls, options: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
         """Build parameters from keyword options over ``base``.
 
         Raises:
             OptionError: An option is unknown (the nearest known one is named) or out of range.
         """
-        known = {f.name: getattr(base, f.name) if base else f.default for f in fields(cls)}
+        known: dict[str, Any] = {
+            f.name: getattr(base, f.name) if base else f.default for f in fields(cls)
+        }
         for name, value in options.items():
             if name not in known:
                 raise OptionError(unknown_option(name, known))
@@ -113,9 +113,7 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     return f"Unknown option {name!r}{hint} The options are: {', '.join(names)}."
 
 
-def _check_number(
-    name: str, value: Any, low: float | None, high: float | None, kind: type
-) -> None:
+def _check_number(name: str, value: Any, low: float | None, high: float | None, kind: type) -> None:
     if value is None and name == "seed":
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -142,7 +140,9 @@ class RowSampler:
 
     def __init__(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         self.params = params
-        self.seed = params.seed if params.seed is not None else random.SystemRandom().getrandbits(63)
+        self.seed = (
+            params.seed if params.seed is not None else random.SystemRandom().getrandbits(63)
+        )
         self._random = random.Random(self.seed)
         self._seen_ids = set(prompt_token_ids) if params.repetition_penalty != 1.0 else None
         self._seen: torch.Tensor | None = None
@@ -245,7 +245,9 @@ def _choose(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
     for i, row in enumerate(rows):
         p = row.params
         truncated = bool(p.top_k) or p.top_p < 1 or p.min_p > 0
-        groups.setdefault(_argmax if row.greedy else _truncated if truncated else _whole, []).append(i)
+        groups.setdefault(
+            _argmax if row.greedy else _truncated if truncated else _whole, []
+        ).append(i)
     for method, members in groups.items():
         chosen = method(scores[members], [rows[i] for i in members])
         for i, token_id in zip(members, chosen, strict=True):

@@ -23,7 +23,9 @@ class Detokenizer:
         stop: Strings that end the text.
     """
 
-    def __init__(self, tokenizer: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
         self._tokenizer = tokenizer
         # The window: what the next piece is decoded with. Of it, the first `_read` ids are told.
         self._ids = list(prompt_token_ids[-_CONTEXT:])

@@ -124,8 +124,8 @@ class Engine:
         """Most requests that run at once."""
         return self._scheduler.max_batch
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; returns at once.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all at one moment (a static batch is formed of them); returns at once.
 
         Raises:
             ModelUnloadedError: The engine was closed.
@@ -137,7 +137,7 @@ class Engine:
                 raise ModelUnloadedError(
                     f"The model {self._name!r} was unloaded; ik.load it again to use it."
                 )
-            self._inbox.append(request)
+            self._inbox.extend(requests)
             self._news.notify()
 
     def wake(self) -> None:
@@ -287,9 +287,7 @@ class Engine:
             )
         )
 
-    def _batches(
-        self, parts: Sequence[tuple[Entry, int]]
-    ) -> list[Sequence[tuple[Entry, int]]]:
+    def _batches(self, parts: Sequence[tuple[Entry, int]]) -> list[Sequence[tuple[Entry, int]]]:
         """All parts at once, or one by one where padding would leave the context."""
         if not parts:
             return []

@@ -168,7 +168,9 @@ def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> st
     if _rope_depends_on_length(module.config, context):
         return f"{name} changes its rotary positions for all rows when one row grows long"
     accepted = inspect.signature(module.forward).parameters
-    missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(accepted)
+    missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(
+        accepted
+    )
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     return None
@@ -218,7 +220,9 @@ def probe_prompts(vocab: int, window: int | None) -> list[list[int]]:
     return [draw[:5], draw[5:]]
 
 
-def probe(runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor) -> ProbeResult:
+def probe(
+    runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor
+) -> ProbeResult:
     """Prefill and decode the prompts over slots, and compare with the model's own logits."""
     for i in range(0, max(len(p) for p in prompts) - 1, runner.prefill_chunk):
         chunks = [

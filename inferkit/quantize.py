@@ -1,0 +1,41 @@
+"""Quantization modes: bitsandbytes' int8, nf4 and fp4, applied while a model loads."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from inferkit.errors import OptionError
+from inferkit.footprint import QUANTIZE_MODES
+
+
+def check_mode(mode: Any) -> str:
+    """Return the mode, or raise OptionError naming those that exist."""
+    if mode not in QUANTIZE_MODES:
+        raise OptionError(
+            f"quantize={mode!r} is unknown: choose one of {', '.join(map(repr, QUANTIZE_MODES))}."
+        )
+    return str(mode)
+
+
+def loading_config(mode: str, dtype: str) -> Any:
+    """The transformers quantization config of a mode, or None for "none".
+
+    Args:
+        mode: "none", "int8", "nf4" or "fp4".
+        dtype: torch's name of the dtype that 4-bit weights are unpacked to for each matmul.
+    """
+    if mode == "none":
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    # bitsandbytes says at every int8 matmul that it casts its input; nothing can be done about it.
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    if mode == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=mode,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
