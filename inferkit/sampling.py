@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # a row's arithmetic is the same in every batch; rows that need more tokens are sorted in full.
 _CANDIDATES = 1024
 
+# A lower temperature is greedy, as in vLLM: dividing by it would overflow.
+_GREEDY_BELOW = 1e-5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -33,7 +37,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: Most tokens to generate, at least 1.
-        temperature: 0 picks the likeliest token (greedy); higher values flatten the distribution.
+        temperature: 0 (or less than 1e-5) picks the likeliest token (greedy); higher values flatten
+            the distribution.
         top_p: Keep the smallest set of likeliest tokens whose probability reaches this, in (0, 1].
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1].
@@ -60,20 +65,19 @@ class SamplingParams:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        strings = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _checked_each("stop", strings, _is_text, _STRINGS))
+        ids = _checked_each("stop_token_ids", self.stop_token_ids, _is_integer, _TOKEN_IDS)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
+        if not isinstance(self.ignore_eos, bool):
+            raise OptionError(f"ignore_eos={self.ignore_eos!r}: give True or False.")
         for name, low, high, kind in _RANGES:
-            _check_number(name, getattr(self, name), low, high, kind)
+            number = _checked_number(name, getattr(self, name), low, high, kind)
+            object.__setattr__(self, name, number)
         if self.temperature > 0 and self.top_p == 0:
             raise OptionError("top_p=0 keeps no token: give a number in (0, 1], or temperature=0.")
         if self.repetition_penalty == 0:
             raise OptionError("repetition_penalty=0 divides by zero: 1.0 means no penalty.")
-        if not all(isinstance(s, str) and s for s in self.stop):
-            raise OptionError(f"stop={self.stop!r}: give non-empty strings, as stop=['\\n\\n'].")
-        if not all(isinstance(i, int) for i in self.stop_token_ids):
-            raise OptionError(f"stop_token_ids={self.stop_token_ids!r}: give token ids (integers).")
 
     @classmethod
     def of(cls, options: Mapping[str, Any], base: SamplingParams | None = None) -> SamplingParams:
@@ -113,17 +117,48 @@ def unknown_option(name: str, known: Iterable[str]) -> str:
     return f"Unknown option {name!r}{hint} The options are: {', '.join(names)}."
 
 
-def _check_number(name: str, value: Any, low: float | None, high: float | None, kind: type) -> None:
+_STRINGS = "give non-empty strings, as stop=['\\n\\n']."
+_TOKEN_IDS = "give token ids (integers), as stop_token_ids=[2]."
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _checked_each(
+    name: str, values: Any, accepts: Callable[[Any], bool], wanted: str
+) -> tuple[Any, ...]:
+    """Several values of one kind as a tuple; None for none."""
+    if values is None:
+        return ()
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise OptionError(f"{name}={values!r}: {wanted}")
+    found = tuple(values)
+    if not all(map(accepts, found)):
+        raise OptionError(f"{name}={values!r}: {wanted}")
+    return found
+
+
+def _checked_number(
+    name: str, value: Any, low: float | None, high: float | None, kind: type
+) -> float | None:
+    """The value as a plain ``kind`` (NumPy's numbers are taken too), if it is in range."""
     if value is None and name == "seed":
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or (kind is int and value != int(value)) or math.isnan(value):
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    whole = number and math.isfinite(value) and value == int(value)
+    if not number or math.isnan(value) or (kind is int and not whole):
         raise OptionError(f"{name}={value!r} is not {'an integer' if kind is int else 'a number'}.")
     if (low is not None and value < low) or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"from {low} to {high}"
         raise OptionError(f"{name}={value!r} is out of range: it must be {wanted}.")
     if math.isinf(value):
         raise OptionError(f"{name}={value!r} must be finite.")
+    return kind(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +185,7 @@ class RowSampler:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken as it is."""
-        return self.params.temperature == 0
+        return self.params.temperature < _GREEDY_BELOW
 
     @property
     def plain(self) -> bool:

@@ -163,7 +163,163 @@ def _gpt2() -> transformers.PretrainedConfig:
     )
 
 
-CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+def _gemma2() -> transformers.PretrainedConfig:
+    # Both caps are narrow enough to bend the scores and logits of these weights.
+    return transformers.Gemma2Config(
+        **_rotary(
+            head_dim=32,
+            query_pre_attn_scalar=32,
+            sliding_window=8,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=10.0,
+        )
+    )
+
+
+def _cohere2() -> transformers.PretrainedConfig:
+    # Sliding layers are rotary, the full one has no positions.
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return transformers.Cohere2Config(
+        **_rotary(num_hidden_layers=3, sliding_window=8, layer_types=kinds, logit_scale=1.0)
+    )
+
+
+def _phi3_window() -> transformers.PretrainedConfig:
+    return transformers.Phi3Config(**_rotary(sliding_window=8))
+
+
+def _gpt_oss() -> transformers.PretrainedConfig:
+    return transformers.GptOssConfig(
+        **_rotary(
+            head_dim=32,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+
+
+def _deepseek_v3() -> transformers.PretrainedConfig:
+    # Latent attention: keys of 24, values of 16 elements.
+    return transformers.DeepseekV3Config(
+        **_rotary(
+            num_key_value_heads=4,
+            q_lora_rank=32,
+            kv_lora_rank=24,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+            moe_intermediate_size=32,
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+        )
+    )
+
+
+def _llama4(**changes: Any) -> transformers.PretrainedConfig:
+    return transformers.Llama4TextConfig(
+        **_rotary(
+            num_hidden_layers=4,
+            head_dim=16,
+            intermediate_size_mlp=128,
+            num_local_experts=2,
+            attention_chunk_size=8,
+            **changes,
+        )
+    )
+
+
+def _llama4_tuned() -> transformers.PretrainedConfig:
+    # Beyond floor_scale positions, the layers without rotary positions sharpen their attention.
+    return _llama4(floor_scale=24, attn_scale=1.0)
+
+
+def _mamba() -> transformers.PretrainedConfig:
+    return transformers.MambaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        state_size=8,
+        initializer_range=WIDE,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def _bloom() -> transformers.PretrainedConfig:
+    return transformers.BloomConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        n_layer=2,
+        n_head=4,
+        initializer_range=WIDE,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def _falcon() -> transformers.PretrainedConfig:
+    return transformers.FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=WIDE,
+        alibi=True,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+
+
+def _qwen3_next() -> transformers.PretrainedConfig:
+    # Three layers of linear attention and one of full attention.
+    return transformers.Qwen3NextConfig(
+        **_rotary(
+            num_hidden_layers=4,
+            head_dim=32,
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        )
+    )
+
+
+def _gemma3n() -> transformers.PretrainedConfig:
+    # The last two layers read the keys and values of the first two.
+    return transformers.Gemma3nTextConfig(
+        **_rotary(
+            num_hidden_layers=4,
+            head_dim=16,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=16,
+            num_kv_shared_layers=2,
+            sliding_window=8,
+            laurel_rank=8,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            activation_sparsity_pattern=[0.0] * 4,
+        )
+    )
+
+
+Config = Callable[[], transformers.PretrainedConfig]
+
+CONFIGS: dict[str, Config] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "gemma3": _gemma3,
@@ -175,6 +331,25 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
 }
+# Attention with a twist of its own: caps, sinks, latent keys, chunks, layers without positions.
+UNUSUAL: dict[str, Config] = {
+    "gemma2": _gemma2,
+    "cohere2": _cohere2,
+    "phi3_window": _phi3_window,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
+    "llama4": _llama4,
+}
+# What cannot share a batch over slots: recurrent states, ALiBi, shared keys, one length for all.
+SEQUENTIAL: dict[str, Config] = {
+    "mamba": _mamba,
+    "bloom": _bloom,
+    "falcon": _falcon,
+    "qwen3_next": _qwen3_next,
+    "gemma3n": _gemma3n,
+    "llama4_tuned": _llama4_tuned,
+}
+_BY_NAME = {**CONFIGS, **UNUSUAL, **SEQUENTIAL}
 ARCHITECTURES = tuple(CONFIGS)
 
 
@@ -185,7 +360,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(
-            CONFIGS[arch](), dtype=torch.float32
+            _BY_NAME[arch](), dtype=torch.float32
         ).eval()
     return model, tokenizer()
 

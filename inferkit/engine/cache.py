@@ -83,6 +83,8 @@ class SlotCache:
             )
             for g, d in zip(geometry, devices, strict=True)
         ]
+        # No model may depend on it, for rows differ in length; a trial sets it to see that.
+        self.told_length = 0
         self._view: View | None = None
         self._index: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -130,7 +132,7 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """What some models add to positions; ours come explicitly, so nothing is to be added."""
-        return 0
+        return self.told_length
 
     def _read(self, layer: _Layer) -> int:
         """How many entries of a layer the rows of this pass can have in use."""
@@ -187,6 +189,12 @@ class SlotCache:
                 n = layer.capacity
             for store in (layer.keys, layer.values):
                 store[target, :, :n] = store[source, :, :n]
+
+    def wipe(self, slot: int) -> None:
+        """Forget all that a slot holds."""
+        for layer in self._layers:
+            layer.keys[slot].zero_()
+            layer.values[slot].zero_()
 
     def reusable(self, length: int, written: int) -> bool:
         """Whether the first ``length`` positions can be continued in a row that wrote ``written``.

@@ -41,25 +41,31 @@ class Detokenizer:
         if self._tokenizer is None:
             return ""
         self._ids.append(token_id)
-        before = self._decode(self._ids[: self._read])
-        after = self._decode(self._ids)
-        if len(after) <= len(before) or after.endswith(_UNFINISHED):
+        text = self._untold()
+        if not text or text.endswith(_UNFINISHED):
             return ""
         del self._ids[: self._read]
         self._read = len(self._ids)
-        return self._filter(after[len(before) :])
+        return self._filter(text)
 
     def flush(self) -> str:
         """The rest: text held back, and an unfinished character as the tokenizer shows it."""
         if self.stopped_by is not None or self._tokenizer is None:
             return ""
-        before = self._decode(self._ids[: self._read])
-        rest = self._decode(self._ids)[len(before) :]
+        piece = self._filter(self._untold())
         self._read = len(self._ids)
-        piece = self._filter(rest)
         if self.stopped_by is None:
             piece, self._held = piece + self._held, ""
         return piece
+
+    def _untold(self) -> str:
+        """The text of the tokens that nothing was handed out for yet."""
+        before = self._decode(self._ids[: self._read])
+        after = self._decode(self._ids)
+        if not after.startswith(before):
+            # Token ids may end a prompt within a character; the new tokens have completed it.
+            before = before.rstrip(_UNFINISHED)
+        return after[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(

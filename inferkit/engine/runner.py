@@ -158,13 +158,12 @@ def _layer_devices(module: Any, layers: int, default: torch.device) -> list[torc
 def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> str | None:
     """Why an architecture cannot run over slots, or None where it may (then `probe` it)."""
     name = type(module).__name__
+    if getattr(module, "_is_stateful", False) or any(g.state_bytes for g in geometry):
+        return f"{name} keeps a recurrent state, which has no slots"
+    if not all(g.kind in ("full", "sliding", "chunked") for g in geometry):
+        return f"{name} has layers that read the KV cache of other layers"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} has an attention of its own that takes no attention function"
-    if getattr(module, "_is_stateful", False):
-        return f"{name} keeps a recurrent state besides the KV cache"
-    strange = sorted({g.kind for g in geometry} - {"full", "sliding", "chunked"})
-    if strange:
-        return f"{name} has layers without a KV cache of their own ({', '.join(strange)})"
     if _rope_depends_on_length(module.config, context):
         return f"{name} changes its rotary positions for all rows when one row grows long"
     accepted = inspect.signature(module.forward).parameters

@@ -35,13 +35,18 @@ class SequentialRunner:
         config = GenerationConfig(
             max_new_tokens=self.context, do_sample=False, pad_token_id=0, use_cache=True
         )
-        self.module.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=config,
-            logits_processor=[chooser],
-            stopping_criteria=[chooser.stopping],
-        )
+        # generate would add the model's own end tokens and penalties; here the request decides.
+        own, self.module.generation_config = self.module.generation_config, GenerationConfig()
+        try:
+            self.module.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                logits_processor=[chooser],
+                stopping_criteria=[chooser.stopping],
+            )
+        finally:
+            self.module.generation_config = own
 
     def release(self) -> None:
         """Nothing is held between requests."""

@@ -86,7 +86,12 @@ class Slots:
         return len(self._kept[entry.slot].tokens)
 
     def free(self, entry: Entry, *, keep: bool) -> None:
-        """Take a request's slot back; ``keep`` its tokens for later prefixes."""
+        """Take a request's slot back; ``keep`` its tokens for later prefixes, or wipe them.
+
+        What failed may have left NaN, which would spread to the slot's next request: see `cache.py`.
+        """
+        if not keep:
+            self._cache.wipe(entry.slot)
         held = self._holds(entry) if keep and self.reuse else _Held()
         # A slot can be written to at the position after its last token, so that must exist.
         held = _Held(held.tokens[: self._cache.context - 1], held.written)
