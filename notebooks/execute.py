@@ -1,7 +1,8 @@
 """Execute a notebook in a fresh kernel; write it and an HTML page of it to ``out/``.
 
 Prints what the cells tagged "summary" show, and the path of the page. The notebook itself stays as
-it is, unless ``--in-place`` asks for its outputs to be replaced.
+it is, unless ``--in-place`` asks for its outputs to be replaced; each figure then gets a picture of
+itself, for places that draw no plotly (GitHub). Only that needs a Chromium.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import nbformat
 import plotly.io
+import plotly.offline
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PICTURE_WIDTH = 900
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,6 +36,7 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        coalesce_streams=True,
         record_timing=False,
         store_widget_state=False,
         resources={"metadata": {"path": str(path.parent)}},
@@ -43,11 +50,44 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None
             print(f"{seconds:6.1f} s  cell {cell_index}: {title[:70]}", file=sys.stderr, flush=True)
 
     client.on_cell_start = announce
+    failure = None
     try:
         client.execute()
     except CellExecutionError as error:
-        return notebook, str(error)
-    return notebook, None
+        failure = str(error)
+    drop_widgets(notebook)
+    return notebook, failure
+
+
+def drop_widgets(notebook: nbformat.NotebookNode) -> None:
+    """Remove progress bars: a widget whose kernel has gone is an error message in JupyterLab."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+
+
+def figures(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The MIME bundles that hold a plotly figure, in order."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return [output.data for output in outputs if PLOTLY in output.get("data", {})]
+
+
+def add_pictures(notebook: nbformat.NotebookNode) -> None:
+    """Put a PNG beside each plotly figure, drawn by plotly's own script in a browser."""
+    from playwright.sync_api import sync_playwright
+
+    draw = (
+        "figure => Plotly.toImage(figure, "
+        f"{{format: 'png', width: {PICTURE_WIDTH}, height: figure.layout.height, scale: 1.5}})"
+    )
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.add_script_tag(content=plotly.offline.get_plotlyjs())
+        for data in figures(notebook):
+            data["image/png"] = tab.evaluate(draw, data[PLOTLY]).partition(",")[2]
+        browser.close()
 
 
 def summary(notebook: nbformat.NotebookNode) -> str:
@@ -65,9 +105,7 @@ def summary(notebook: nbformat.NotebookNode) -> str:
 def page(notebook: nbformat.NotebookNode, title: str) -> str:
     """The notebook as one HTML page that works offline, plotly's figures included."""
     shown = copy.deepcopy(notebook)
-    outputs = [output for cell in shown.cells for output in cell.get("outputs", ())]
-    figures = [output.data for output in outputs if PLOTLY in output.get("data", {})]
-    for number, data in enumerate(figures):
+    for number, data in enumerate(figures(shown)):
         # nbconvert cannot draw plotly's MIME type; plotly's script (5 MB) is needed only once.
         figure = plotly.io.from_json(json.dumps(data.pop(PLOTLY)), skip_invalid=True)
         data["text/html"] = figure.to_html(full_html=False, include_plotlyjs=number == 0)
@@ -95,6 +133,7 @@ def main() -> int:
         print(f"{failure}\n\nA cell failed; the page up to there: {html}", file=sys.stderr)
         return 1
     if arguments.in_place:
+        add_pictures(notebook)
         nbformat.write(notebook, source)
     text = summary(notebook)
     print(f"\n{text}\n\nPage: {html}" if text else f"\nPage: {html}")

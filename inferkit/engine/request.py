@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from inferkit.engine.detokenize import Detokenizer
-from inferkit.errors import InferkitError
+from inferkit.errors import ForkedProcessError, GenerationError, InferkitError
 from inferkit.generation import FinishReason, Generation, Settings
 from inferkit.latency import Latency, Trace
 from inferkit.sampling import RowSampler, Sampled, SamplingParams, TokenLogprobs
 
+_log = logging.getLogger("inferkit")
 _ids = itertools.count(1)
 # A wait that is cut into pieces can be interrupted on every platform.
 _TICK = 0.25
@@ -31,6 +35,8 @@ class Request:
         prompt: The prompt as given; None where token ids were given.
         prompt_token_ids: The prompt's tokens.
         params: The sampling parameters.
+        settings: What it runs under; until it starts, what it was submitted under.
+        arrival: When it was submitted, in ns of ``time.perf_counter_ns``.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class Request:
         settings: Settings,
         detokenizer: Detokenizer,
         on_cancel: Callable[[], None],
+        *,
+        arrival: int | None = None,
     ) -> None:
         self.id = next(_ids)
         self.prompt = prompt
@@ -48,9 +56,10 @@ class Request:
         self.params = params
         self.sampler = RowSampler(params, prompt_token_ids)
         self.settings = settings
-        self.arrival = time.perf_counter_ns()
-        self._detokenizer = detokenizer
-        self._on_cancel = on_cancel
+        self.arrival = time.perf_counter_ns() if arrival is None else arrival
+        self._detokenizer: Detokenizer | None = detokenizer
+        self._on_cancel: Callable[[], None] | None = on_cancel
+        self._pid = os.getpid()
         self._changed = threading.Condition()
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
@@ -98,14 +107,18 @@ class Request:
     def cancel(self) -> None:
         """Stop it: the slot is free by the engine's next step, and the text so far is kept."""
         self._cancelled = True
-        self._on_cancel()
+        wake = self._on_cancel
+        if wake is not None:
+            wake()
 
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the end and return the Generation; an error is in its ``error``.
 
         Raises:
             TimeoutError: ``timeout`` seconds went by first; the request goes on.
+            ForkedProcessError: It runs in the process that this one is a fork of.
         """
+        self._check_process()
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while self._generation is None:
@@ -120,6 +133,7 @@ class Request:
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text as they come; raises the request's error at its end, if it has one."""
+        self._check_process()
         for index in itertools.count():
             with self._changed:
                 while index >= len(self._pieces) and self._generation is None:
@@ -132,52 +146,54 @@ class Request:
 
     async def __aiter__(self) -> AsyncIterator[str]:
         """The same in a coroutine: ``async for piece in request``."""
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(news.set)
-
-        self._listen(wake)
-        try:
+        async with self._news() as news:
             for index in itertools.count():
                 while index >= len(self._pieces) and self._generation is None:
-                    await news.wait()
-                    news.clear()
+                    await self._next(news)
                 if index >= len(self._pieces):
                     break
                 yield self._pieces[index]
-        finally:
-            self._unlisten(wake)
         self.result().raise_for_error()
 
     def __await__(self) -> Generator[Any, None, Generation]:
+        """The Generation; an error is in its ``error``. Cancelling the task cancels the request."""
         return self._wait().__await__()
 
     async def _wait(self) -> Generation:
-        loop, news = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(news.set)
-
-        self._listen(wake)
-        try:
+        async with self._news() as news:
             while self._generation is None:
-                await news.wait()
-                news.clear()
+                await self._next(news)
+        return self._generation
+
+    async def _next(self, news: asyncio.Event) -> None:
+        try:
+            await news.wait()
         except asyncio.CancelledError:
             self.cancel()
             raise
-        finally:
-            self._unlisten(wake)
-        return self._generation
+        news.clear()
 
-    def _listen(self, wake: Callable[[], None]) -> None:
+    @asynccontextmanager
+    async def _news(self) -> AsyncIterator[asyncio.Event]:
+        """An event of the running loop that is set whenever something is published."""
+        self._check_process()
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(news.set)
+
         with self._changed:
             self._listeners.append(wake)
+        try:
+            yield news
+        finally:
+            with self._changed:
+                self._listeners.remove(wake)
 
-    def _unlisten(self, wake: Callable[[], None]) -> None:
-        with self._changed:
-            self._listeners.remove(wake)
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise forked(f"Request {self.id} was submitted", self._pid)
 
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.status}: {self.text!r}>"
@@ -200,14 +216,16 @@ class Request:
 
         An ``end`` token is kept in the ids, and its text is not shown.
         """
+        detokenizer = self._detokenizer
+        assert detokenizer is not None, "the request has ended"
         with self._changed:
             self._token_ids.append(sampled.token_id)
             self._times.append(now)
             if sampled.logprobs is not None:
                 self._logprobs.append(sampled.logprobs)
-            piece = "" if end else self._detokenizer.add(sampled.token_id)
+            piece = "" if end else detokenizer.add(sampled.token_id)
             self._publish(piece)
-        return self._detokenizer.stopped_by is not None
+        return detokenizer.stopped_by is not None
 
     def finish(
         self,
@@ -216,16 +234,22 @@ class Request:
         stop_reason: str | int | None = None,
         error: InferkitError | None = None,
     ) -> Generation:
-        """End it."""
+        """End it, and let go of the tokenizer and the engine, whoever keeps this handle."""
         with self._changed:
-            self._publish(self._detokenizer.flush())
+            if self._generation is not None:
+                return self._generation
+            rest, stopped_by, problem = self._flush()
+            if problem is not None and error is None:
+                reason, error = "error", problem
+            if rest:
+                self._pieces.append(rest)
             self._generation = Generation(
                 prompt=self.prompt,
                 text="".join(self._pieces),
                 token_ids=tuple(self._token_ids),
                 prompt_token_ids=self.prompt_token_ids,
                 finish_reason=reason,
-                stop_reason=self._detokenizer.stopped_by or stop_reason,
+                stop_reason=stopped_by or stop_reason,
                 latency=Latency(self._trace(reason)),
                 params=self.params,
                 seed=self.sampler.seed,
@@ -233,8 +257,21 @@ class Request:
                 logprobs=tuple(self._logprobs) if self.params.logprobs else None,
                 error=error,
             )
+            self._detokenizer = self._on_cancel = None
             self._publish("")
             return self._generation
+
+    def _flush(self) -> tuple[str, str | None, GenerationError | None]:
+        """The text held back, the stop string that ended it, and what the tokenizer failed with."""
+        detokenizer = self._detokenizer
+        assert detokenizer is not None, "the request has ended"
+        try:
+            return detokenizer.flush(), detokenizer.stopped_by, None
+        except Exception as error:  # a tokenizer may bring any code
+            problem = GenerationError(
+                f"The end of the text could not be decoded: {type(error).__name__}: {error}"
+            )
+            return "", detokenizer.stopped_by, problem
 
     @property
     def generated(self) -> int:
@@ -246,7 +283,10 @@ class Request:
             self._pieces.append(piece)
         self._changed.notify_all()
         for wake in self._listeners:
-            wake()
+            try:
+                wake()
+            except RuntimeError:  # its event loop was closed in this very moment
+                _log.debug("A reader of request %s is gone.", self.id)
 
     def _trace(self, reason: FinishReason | None) -> Trace:
         return Trace(
@@ -259,3 +299,12 @@ class Request:
             ok=reason in (None, "stop", "length"),
             finish_reason=reason,
         )
+
+
+def forked(what: str, pid: int) -> ForkedProcessError:
+    """The error for ``what``, which happened in process ``pid``, of which this one is a fork."""
+    return ForkedProcessError(
+        f"{what} in process {pid}, and this is its fork {os.getpid()}, which has no engine thread "
+        "and in which torch's threads do not work. Start the process with multiprocessing's "
+        "'spawn' method and load the model there."
+    )

@@ -1,0 +1,332 @@
+"""One step of the engine: prefill, decode, choose tokens, hand them out; and what if that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from inferkit.engine.request import Request
+from inferkit.engine.runner import Chunk, SlottedRunner
+from inferkit.engine.scheduler import Entry, Scheduler
+from inferkit.engine.sequential import SequentialRunner
+from inferkit.engine.slots import Slots
+from inferkit.errors import GenerationError, InferkitError, OutOfMemoryError
+from inferkit.generation import FinishReason, Settings
+from inferkit.sampling import Sampled, sample
+
+_log = logging.getLogger("inferkit")
+
+Part = tuple[Entry, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, for timelines: times in ns of ``time.perf_counter_ns``."""
+
+    began: int
+    ended: int
+    forward: int
+    prefill_tokens: int
+    decode_tokens: int
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """Why a request is over."""
+
+    reason: FinishReason
+    stop_reason: int | None = None
+    error: InferkitError | None = None
+
+
+class Stepper:
+    """Works on an engine's requests, a step at a time. Used by the engine's thread alone.
+
+    A pass that fails takes down as few requests as can be told apart, and the engine lives: a
+    prefill is tried again prompt by prompt; a decode that runs out of memory gives up its newest
+    request, and the others go on in the next step.
+
+    Attributes:
+        context: Most tokens of prompt and output together.
+        on_finish: Called with each request that has ended.
+    """
+
+    def __init__(
+        self,
+        runner: SlottedRunner | SequentialRunner,
+        scheduler: Scheduler,
+        *,
+        end_ids: frozenset[int],
+        context: int,
+        prefix_reuse: bool,
+        settings: Callable[[], Settings],
+        closing: Callable[[], bool],
+    ) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+        self.context = context
+        self.on_finish: list[Callable[[Request], None]] = []
+        self._end_ids = end_ids
+        self._settings = settings
+        self._closing = closing
+        self._slots: Slots | None = None
+        if isinstance(runner, SlottedRunner):
+            self._slots = Slots(runner.cache, prefix_reuse)
+        self._forward_ns = 0
+
+    # -- what the engine's loop does ------------------------------------------------------------
+
+    def admit(self) -> None:
+        """Start the requests that the policy lets in."""
+        for entry in self.scheduler.admit():
+            entry.request.settings = self._settings()
+            if self._slots is not None:
+                self._slots.take(entry)
+
+    def step(self) -> StepRecord:
+        """Prefill parts of prompts, and give a token to every request that is past its prompt."""
+        began = time.perf_counter_ns()
+        self._forward_ns = 0
+        if isinstance(self.runner, SequentialRunner):
+            prefilled, decoded = self._run_alone(self.scheduler.running[0], self.runner)
+        else:
+            assert self._slots is not None
+            ready = [e for e in self.scheduler.prefill_candidates() if self._slots.seed(e)]
+            step = self.scheduler.step(ready)
+            prefilled, decoded = sum(n for _, n in step.prefill), len(step.decode)
+            for parts in self._batches(step.prefill):
+                self._prefill(parts)
+            if step.decode:
+                self._decode(step.decode)
+        return StepRecord(
+            began,
+            time.perf_counter_ns(),
+            self._forward_ns,
+            prefilled,
+            decoded,
+            len(self.scheduler.running),
+            len(self.scheduler.waiting),
+        )
+
+    def drop_cancelled(self) -> None:
+        """End the requests that somebody cancelled; their slots are free for this step."""
+        for entry in [*self.scheduler.running, *self.scheduler.waiting]:
+            if entry.request.cancelled:
+                self._finish(entry, _Outcome("cancelled"))
+
+    def abandon(self, error: InferkitError | None) -> None:
+        """End all requests for good: cancelled, or with ``error``."""
+        outcome = _Outcome("error", error=error) if error else _Outcome("cancelled")
+        for entry in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._publish(entry, outcome)
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+
+    def resize(self, max_batch: int, context: int) -> None:
+        """Change the number of slots and their length, while nothing runs.
+
+        Raises:
+            OutOfMemoryError: The cache could not be allocated; an empty one of the old size is back.
+        """
+        if isinstance(self.runner, SlottedRunner) and self._slots is not None:
+            old = self.runner.cache.slots, self.runner.cache.context
+            _, problem = _attempt(self.runner.resize, max_batch, context)
+            if problem is not None:
+                self.runner.resize(*old)
+            self._slots = Slots(self.runner.cache, self._slots.reuse)
+            if problem is not None:
+                raise OutOfMemoryError(
+                    f"The KV cache for max_batch={max_batch}, context={context} could not be "
+                    f"allocated ({problem}); max_batch={old[0]}, context={old[1]} stay."
+                )
+        else:
+            self.runner.context = context
+        self.scheduler.max_batch = max_batch
+        self.context = context
+
+    # -- passes ---------------------------------------------------------------------------------
+
+    def _batches(self, parts: Sequence[Part]) -> list[Sequence[Part]]:
+        """All parts at once, or one by one where padding would leave the context."""
+        if not parts:
+            return []
+        width = max(n for _, n in parts)
+        if all(e.computed + width <= self.context for e, _ in parts):
+            return [parts]
+        return [[part] for part in parts]
+
+    def _prefill(self, parts: Sequence[Part]) -> None:
+        now = time.perf_counter_ns()
+        for entry, _ in parts:
+            entry.request.schedule(now, entry.computed)
+        chosen, problem = _attempt(self._run_prefill, parts)
+        if problem is None:
+            for entry, n in parts:
+                entry.computed += n
+            self._hand_out([e for e, _ in parts if not e.prefilling], chosen)
+        elif len(parts) > 1:
+            for part in parts:
+                self._prefill([part])
+        else:
+            self._finish(parts[0][0], _Outcome("error", error=problem))
+
+    def _run_prefill(self, parts: Sequence[Part]) -> list[Sampled]:
+        """Run the pass; choose a first token for each prompt that it completes."""
+        assert isinstance(self.runner, SlottedRunner)
+        width = max(n for _, n in parts)
+        for entry, _ in parts:
+            entry.written = max(entry.written, entry.computed + width)
+        chunks = [
+            Chunk(e.slot, e.tokens[e.computed : e.computed + n], e.computed) for e, n in parts
+        ]
+        logits = self._timed(self.runner.prefill, chunks)
+        rows = [i for i, (entry, n) in enumerate(parts) if n == entry.remaining]
+        return self._choose([parts[i][0] for i in rows], logits[rows]) if rows else []
+
+    def _decode(self, entries: Sequence[Entry]) -> None:
+        rows = sorted(entries, key=lambda e: e.slot)
+        chosen, problem = _attempt(self._run_decode, rows)
+        if problem is None:
+            for entry in rows:
+                entry.computed += 1
+            self._hand_out(rows, chosen)
+            return
+        for entry in entries[-1:] if isinstance(problem, OutOfMemoryError) else entries:
+            self._finish(entry, _Outcome("error", error=problem))
+
+    def _run_decode(self, entries: Sequence[Entry]) -> list[Sampled]:
+        """Run the pass for entries in the order of their slots; choose a token for each."""
+        assert isinstance(self.runner, SlottedRunner) and self._slots is not None
+        slots = [e.slot for e in entries]
+        # A slot that is still being prefilled takes part with a token that its next part replaces.
+        by_slot = {e.slot: e for e in self.scheduler.running}
+        rows = [by_slot[slot] for slot in range(max(slots) + 1)]
+        decoding = set(slots)
+        tokens = [e.tokens[e.computed] if e.slot in decoding else 0 for e in rows]
+        positions = [self._slots.next_position(e) for e in rows]
+        logits = self._timed(self.runner.decode, tokens, positions)
+        if len(rows) > len(entries):
+            logits = logits[slots]
+        return self._choose(entries, logits)
+
+    def _run_alone(self, entry: Entry, runner: SequentialRunner) -> tuple[int, int]:
+        before = entry.request.generated
+
+        def choose(logits: Any) -> int | None:
+            """The next token, or None when the request is over."""
+            if entry.request.cancelled or self._closing():
+                self._finish(entry, _Outcome("cancelled"))
+                return None
+            self._hand_out([entry], self._choose([entry], logits))
+            return None if entry.request.done else entry.tokens[-1]
+
+        entry.request.schedule(time.perf_counter_ns(), 0)
+        _, problem = _attempt(runner.run, entry.tokens, choose)
+        made = entry.request.generated - before
+        if problem is None and not made:
+            problem = GenerationError("The model's generate ended without a token.")
+        if problem is not None and not entry.request.done:
+            self._finish(entry, _Outcome("error", error=problem))
+        return entry.prompt_length, made
+
+    def _timed(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        began = time.perf_counter_ns()
+        out = forward(*inputs)
+        self._forward_ns += time.perf_counter_ns() - began
+        return out
+
+    def _choose(self, entries: Sequence[Entry], logits: Any) -> list[Sampled]:
+        began = time.perf_counter_ns()
+        chosen = sample(logits, [e.request.sampler for e in entries])
+        if logits.device.type != "cpu":
+            # On a GPU the forward pass is over only when the chosen tokens have arrived.
+            self._forward_ns += time.perf_counter_ns() - began
+        return chosen
+
+    # -- handing out ----------------------------------------------------------------------------
+
+    def _hand_out(self, entries: Sequence[Entry], chosen: Sequence[Sampled]) -> None:
+        """Give each request its token, and end those that are done."""
+        now = time.perf_counter_ns()
+        for entry, sampled in zip(entries, chosen, strict=True):
+            outcome, problem = _attempt(self._take, entry, sampled, now)
+            if problem is not None:
+                outcome = _Outcome("error", error=problem)
+            if outcome is not None:
+                self._finish(entry, outcome)
+
+    def _take(self, entry: Entry, sampled: Sampled, now: int) -> _Outcome | None:
+        if sampled.error is not None:
+            return _Outcome("error", error=sampled.error)
+        request, token_id = entry.request, sampled.token_id
+        params = request.params
+        entry.tokens.append(token_id)
+        ends = token_id in params.stop_token_ids
+        ends = ends or (token_id in self._end_ids and not params.ignore_eos)
+        stopped = request.emit(sampled, now, end=ends)
+        if ends:
+            return _Outcome("stop", token_id)
+        if stopped:
+            return _Outcome("stop")
+        if request.generated >= params.max_tokens or len(entry.tokens) >= self.context:
+            return _Outcome("length")
+        return None
+
+    def _finish(self, entry: Entry, outcome: _Outcome) -> None:
+        self.scheduler.remove(entry)
+        try:
+            if self._slots is not None and entry.slot >= 0:
+                self._slots.free(entry, keep=outcome.reason != "error")
+        finally:
+            self._publish(entry, outcome)
+
+    def _publish(self, entry: Entry, outcome: _Outcome) -> None:
+        entry.request.finish(
+            outcome.reason, stop_reason=outcome.stop_reason, error=outcome.error
+        )
+        for listener in self.on_finish:
+            try:
+                listener(entry.request)
+            except Exception:  # a listener's fault is not the request's
+                _log.exception("A listener failed on %r.", entry.request)
+
+
+def _attempt(work: Callable[..., Any], *inputs: Any) -> tuple[Any, GenerationError | None]:
+    """What ``work(*inputs)`` returns, or what went wrong in it.
+
+    The error is ours, without the traceback's frames: they would keep tensors alive, which after
+    running out of memory is the worst of times.
+    """
+    try:
+        return work(*inputs), None
+    except Exception as error:  # whatever a model's code may raise
+        return None, _explain(error)
+
+
+def _explain(error: Exception) -> GenerationError:
+    first = str(error).strip().split("\n", 1)[0]
+    problem: GenerationError
+    if _out_of_memory(error):
+        problem = OutOfMemoryError(
+            f"The device ran out of memory while this request ran ({first}). The other requests "
+            "go on. Lower max_batch or context with model.configure(), or load quantized."
+        )
+    else:
+        problem = GenerationError(f"The model failed: {type(error).__name__}: {first}")
+    problem.add_note("".join(traceback.format_exception(error)))
+    return problem
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text or "DefaultCPUAlloc" in text
