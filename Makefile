@@ -11,10 +11,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 TORCH_INDEX ?=
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
+ENGINES := transformers llamacpp vllm
 FAST := not slow and not demo and not browser and not gpu and not peers
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab test test-fast lint format bench gpu-check browser clean distclean
+.PHONY: help install demo lab test test-fast lint format bench bench-peers gpu-check browser clean distclean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,8 +60,21 @@ format: $(INSTALLED) ## Format and fix what can be fixed
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-bench: $(INSTALLED) ## Run the benchmarks, against the other engines too
+bench: $(INSTALLED) bench-peers ## Run the benchmarks, against the other engines too
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
+
+bench-peers: $(INSTALLED) $(ENGINES:%=$(PEERS)/%/.installed) ## Make the other engines' environments
+
+# Each engine has an environment of its own: their versions of torch and transformers differ.
+# inferkit's constraints hold for transformers alone, so that both run the same code below them.
+$(PEERS)/%/.installed: benchmarks/peers/%.txt
+	@test -x $(@D)/bin/python || $(PY) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $< \
+		$(if $(filter transformers,$*),-c constraints.txt) \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(if $(filter vllm,$*),$(@D)/bin/python -m pip uninstall --quiet --yes \
+		torchvision torchaudio torchcodec)
+	@touch $@
 
 gpu-check: $(INSTALLED) ## Run the tests that need a CUDA device
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -84,4 +99,4 @@ clean: ## Remove what the commands wrote, but not .venv
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -79,7 +79,11 @@ class Worker:
         }
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
-                [str(self.kind.python), str(HERE / "peers" / self.kind.script), *self.kind.arguments],
+                [
+                    str(self.kind.python),
+                    str(HERE / "peers" / self.kind.script),
+                    *self.kind.arguments,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

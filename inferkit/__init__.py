@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from inferkit.generation import Generation
     from inferkit.latency import Latency, LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
-    from inferkit.model import Model, load, models
+    from inferkit.model import Model
+    from inferkit.registry import load, models
     from inferkit.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -84,8 +85,8 @@ _HOME = {
     "Model": "inferkit.model",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
-    "load": "inferkit.model",
-    "models": "inferkit.model",
+    "load": "inferkit.registry",
+    "models": "inferkit.registry",
     "plan": "inferkit.memory",
     "summarize": "inferkit.latency",
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inferkit import latency as _latency
 from inferkit.errors import InferkitError
-from inferkit.html import table
+from inferkit.html import table, text_table
 from inferkit.latency import Latency
 from inferkit.sampling import SamplingParams, TokenLogprobs
 
@@ -112,29 +112,38 @@ class Generation:
 
 
 class Generations(list[Generation]):
-    """A list of generations that shows itself as a table in a notebook."""
+    """A list of generations that shows itself as a table."""
+
+    _HEADER = ("prompt", "text", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms")
+    _NOTE = "TTFT, TPOT and E2E as vllm bench serve defines them; queue: arrival to first step"
 
     def summary(self, **options: Any) -> _latency.LatencySummary:
         """The latency of all of them together; options as for `inferkit.summarize`."""
         return _latency.summarize(self, **options)
 
+    def __repr__(self) -> str:
+        return f"{text_table(self._HEADER, map(_row, self))}\n{self._NOTE}" if self else "[]"
+
     def _repr_html_(self) -> str:
-        return table(
-            ("text", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms"),
-            (_row(gen) for gen in self),
-            note="TTFT, TPOT and E2E as vllm bench serve defines them; queue: arrival to first step",
-        )
+        return table(self._HEADER, map(_row, self), note=self._NOTE)
 
 
 def _row(gen: Generation) -> Sequence[object]:
-    text = gen.text.strip().replace("\n", " ")
+    text = _cut(gen.text, 56)
     if gen.error is not None:
-        text = f"{type(gen.error).__name__}: {gen.error}"
-    shown = text if len(text) <= 80 else text[:79] + "…"
+        text = _cut(f"{type(gen.error).__name__}: {gen.error}", 200)
+    prompt = f"{len(gen.prompt_token_ids)} tokens" if gen.prompt is None else gen.prompt
     times = (gen.latency.queue, gen.latency.ttft, gen.latency.tpot, gen.latency.e2e)
     return (
-        shown,
+        _cut(prompt, 32),
+        text,
         gen.finish_reason,
         len(gen.token_ids),
         *("-" if t is None else f"{1000 * t:.1f}" for t in times),
     )
+
+
+def _cut(text: str, length: int) -> str:
+    """One line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -7,6 +7,7 @@ from html import escape
 
 _TABLE = "border-collapse:collapse;font-variant-numeric:tabular-nums;margin:4px 0"
 _CELL = "padding:2px 10px;text-align:{align};border-bottom:1px solid rgba(128,128,128,.35)"
+_WRAPS_FROM = 40  # characters; a shorter cell stays on one line
 
 
 def table(
@@ -16,7 +17,9 @@ def table(
     caption: str = "",
     note: str = "",
 ) -> str:
-    """Return an HTML table; the first column is left-aligned, the others right-aligned.
+    """Return an HTML table; columns of numbers are right-aligned, those of words left-aligned.
+
+    Where the page is too narrow for it, it scrolls sideways.
 
     Args:
         header: Column titles.
@@ -24,33 +27,46 @@ def table(
         caption: A line above the table.
         note: A smaller line below it, for definitions and units.
     """
+    lines = [[str(cell) for cell in row] for row in rows]
+    right = _numbers(len(header), lines)
 
-    def cell(tag: str, value: object, column: int) -> str:
-        style = _CELL.format(align="left" if column == 0 else "right")
-        return f'<{tag} style="{style}">{escape(str(value))}</{tag}>'
+    def cell(tag: str, text: str, column: int) -> str:
+        style = _CELL.format(align="right" if right[column] else "left")
+        if len(text) < _WRAPS_FROM:
+            style += ";white-space:nowrap"
+        return f'<{tag} style="{style}">{escape(text)}</{tag}>'
 
-    def line(tag: str, cells: Sequence[object]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(cell(tag, c, i) for i, c in enumerate(cells)) + "</tr>"
 
     head = f'<div style="font-weight:600">{escape(caption)}</div>' if caption else ""
     foot = f'<div style="opacity:.7;font-size:90%">{escape(note)}</div>' if note else ""
-    body = "".join(line("td", row) for row in rows)
+    body = "".join(line("td", cells) for cells in lines)
     return (
-        f'<div class="inferkit">{head}<table style="{_TABLE}"><thead>{line("th", header)}</thead>'
-        f"<tbody>{body}</tbody></table>{foot}</div>"
+        f'<div class="inferkit">{head}<div style="overflow-x:auto"><table style="{_TABLE}">'
+        f"<thead>{line('th', header)}</thead><tbody>{body}</tbody></table></div>{foot}</div>"
     )
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """The same table as aligned plain text, for terminals and ``repr``."""
-    lines = [[str(c) for c in row] for row in (header, *rows)]
+    lines = [[str(c) for c in row] for row in rows]
+    right = _numbers(len(header), lines)
+    lines.insert(0, list(header))
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths))
-        ).rstrip()
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip()
         for line in lines
     )
+
+
+def _numbers(columns: int, lines: Sequence[Sequence[str]]) -> list[bool]:
+    """Which columns hold numbers, units and dashes for missing ones included."""
+    return [
+        bool(lines)
+        and all(line[i].lstrip("-–+")[:1].isdigit() or line[i] in ("-", "–") for line in lines)
+        for i in range(columns)
+    ]
 
 
 def format_bytes(count: float, digits: int = 1) -> str:

@@ -6,7 +6,8 @@ Whatever stops a load (an interrupt, a damaged file, lack of memory), what was r
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from inferkit.catalog import Source
 from inferkit.devices import release_memory
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
-from inferkit.quantize import loading_config
+from inferkit.quantize import loading_config, release_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ class Loaded:
 
     Attributes:
         module: The transformers model, in eval mode.
-        tokenizer: Its tokenizer; None where the folder has none.
+        tokenizer: Its tokenizer.
         end_ids: The tokens that end a generation, from the generation config.
         defaults: The sampling options that the model's authors recommend.
         vocab_size: Rows of the input embedding; prompts must stay below.
@@ -41,31 +42,30 @@ class Loaded:
     devices: tuple[str, ...]
 
 
-def load_files(source: Source, plan: MemoryPlan, *, trust_remote_code: bool = False) -> Loaded:
+def load_files(
+    source: Source, plan: MemoryPlan, *, trust_remote_code: bool = False, progress: bool = True
+) -> Loaded:
     """Read a model's weights and tokenizer as the plan says.
 
     Raises:
-        DamagedFileError: A weight file cannot be read.
+        DamagedFileError: A weight file cannot be read, or lacks weights.
         LoadError: Anything else went wrong; what was read is released.
     """
-    devices = tuple(d.name for d in plan.devices)
     try:
-        module = _read_weights(source, plan, trust_remote_code)
-        tokenizer = _read_tokenizer(source, trust_remote_code)
+        with _progress_bars(progress):
+            module = _read_weights(source, plan, trust_remote_code)
+            tokenizer = _read_tokenizer(source, trust_remote_code)
         return Loaded(
             module=module,
             tokenizer=tokenizer,
             end_ids=_end_ids(module, tokenizer),
             defaults=_defaults(module),
             vocab_size=module.get_input_embeddings().weight.shape[0],
-            devices=devices,
+            devices=tuple(d.name for d in plan.devices),
         )
-    except ModelError:
-        raise
-    except Exception as error:  # any library's error, told in our words
-        problem = _explain(error, source, plan)
-    finally:
-        release_memory(devices)
+    except BaseException as error:
+        module = tokenizer = None
+        problem = failure(error, source, plan)
     raise problem
 
 
@@ -73,21 +73,36 @@ def release(loaded: Loaded) -> None:
     """Give the weights' memory back to the device, whoever still refers to the module.
 
     A notebook keeps references that nobody sees (``Out``, ``_``, the frames of a traceback), so
-    that dropping ours is not enough: every tensor is emptied in place.
+    that dropping ours is not enough: every tensor is emptied in place. Safe to call twice.
     """
     import torch
 
-    for tensor in [*loaded.module.parameters(), *loaded.module.buffers()]:
-        if tensor.device.type != "meta":
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        for state in ("quant_state", "CB", "SCB"):  # bitsandbytes hangs these on its parameters
-            if getattr(tensor, state, None) is not None:
-                setattr(tensor, state, None)
-    for module in loaded.module.modules():
-        if getattr(module, "quant_state", None) is not None:
-            module.quant_state = None
+    if loaded.module is not None:
+        for tensor in [*loaded.module.parameters(), *loaded.module.buffers()]:
+            if tensor.device.type != "meta":
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        release_quantized(loaded.module)
     loaded.module = loaded.tokenizer = None
     release_memory(loaded.devices)
+
+
+def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseException:
+    """What to raise for an error that stopped a load; gives back the memory that it holds.
+
+    A notebook keeps the last traceback, and its frames would keep what was half loaded: they are
+    emptied. Interrupts and our own errors are handed on; to be raised outside of the ``except``.
+    """
+    problem = error
+    if isinstance(error, Exception) and not isinstance(error, ModelError):
+        problem = _explain(error, source, plan)
+    chain: list[BaseException | None] = [error]
+    while chain:
+        link = chain.pop()
+        if link is not None:
+            traceback.clear_frames(link.__traceback__)
+            chain += [link.__cause__, link.__context__]
+    release_memory(d.name for d in plan.devices)
+    return problem
 
 
 def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> PreTrainedModel:
@@ -95,13 +110,14 @@ def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> 
     from transformers import AutoModelForCausalLM
 
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        module, found = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=getattr(torch, plan.dtype),
             device_map=_device_map(plan),
             quantization_config=loading_config(plan.quantize, plan.dtype),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            output_loading_info=True,
         )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -110,6 +126,13 @@ def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> 
             f"{plan.architecture} is no causal language model that transformers can load; "
             "inferkit serves those that AutoModelForCausalLM knows."
         ) from None
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers draws them at random, and the model would talk nonsense
+        raise DamagedFileError(
+            f"The weight files in {source.path} lack {len(missing)} of the weights of "
+            f"{plan.architecture}: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}. "
+            "Get the model again; or its config.json belongs to another model."
+        )
     return module.eval()
 
 
@@ -126,7 +149,7 @@ def _read_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise LoadError(
             f"The tokenizer in {source.path} cannot be read ({_first_line(error)}). "
             "The folder needs the tokenizer's files (tokenizer.json or tokenizer.model) beside "
@@ -134,13 +157,26 @@ def _read_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokeni
         ) from None
 
 
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Where not ``shown``, silence the bars of transformers, which are a switch of the process."""
+    from transformers.utils import logging
+
+    if shown or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
 def _end_ids(module: Any, tokenizer: Any) -> frozenset[int]:
     given = getattr(module.generation_config, "eos_token_id", None)
     if given is None:
         given = getattr(module.config, "eos_token_id", None)
-    ids = set(given if isinstance(given, Sequence) else [given])
-    if tokenizer is not None:
-        ids.add(tokenizer.eos_token_id)
+    ids = {*(given if isinstance(given, Sequence) else [given]), tokenizer.eos_token_id}
     return frozenset(i for i in ids if i is not None)
 
 
@@ -158,7 +194,6 @@ def _defaults(module: Any) -> dict[str, Any]:
 
 
 def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
-    """Our error without the traceback's frames, which would keep half-loaded weights alive."""
     kind, line = type(error).__name__, _first_line(error)
     problem: ModelError
     if kind in ("SafetensorError", "UnpicklingError"):
@@ -172,7 +207,7 @@ def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
         )
     else:
         problem = LoadError(f"{source.ref!r} did not load: {kind}: {line}")
-    problem.add_note(traceback.format_exc())
+    problem.add_note("".join(traceback.format_exception(error)))
     return problem
 
 

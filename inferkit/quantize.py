@@ -39,3 +39,20 @@ def loading_config(mode: str, dtype: str) -> Any:
         bnb_4bit_quant_type=mode,
         bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
+
+
+def release_quantized(module: Any) -> None:
+    """Drop the tensors that bitsandbytes hangs on a model's parameters and layers.
+
+    They are no parameters themselves: scales and code tables (``quant_state``), and the 8-bit
+    weights that a layer's matmul keeps to itself (``state``).
+    """
+    for tensor in module.parameters():
+        for name in ("quant_state", "CB", "SCB"):
+            if getattr(tensor, name, None) is not None:
+                setattr(tensor, name, None)
+    for layer in module.modules():
+        if getattr(layer, "quant_state", None) is not None:
+            layer.quant_state = None
+        if hasattr(getattr(layer, "state", None), "CB"):
+            layer.state = type(layer.state)()

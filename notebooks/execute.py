@@ -24,7 +24,7 @@ from nbconvert import HTMLExporter
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PICTURE_WIDTH = 900
+PICTURE_WIDTH = 800  # JupyterLab shows a saved picture in its own size until the mouse is on it
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +78,7 @@ def add_pictures(notebook: nbformat.NotebookNode) -> None:
 
     draw = (
         "figure => Plotly.toImage(figure, "
-        f"{{format: 'png', width: {PICTURE_WIDTH}, height: figure.layout.height, scale: 1.5}})"
+        f"{{format: 'png', width: {PICTURE_WIDTH}, height: figure.layout.height}})"
     )
     chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     with sync_playwright() as playwright:

@@ -37,9 +37,7 @@ class Inferkit:
         done = self.model.generate(
             [list(p) for p in prompts], max_tokens=tokens, temperature=0.0, ignore_eos=True
         )
-        return [
-            Output(list(g.token_ids), [t / 1e9 for t in g.latency.trace.tokens]) for g in done
-        ]
+        return [Output(list(g.token_ids), [t / 1e9 for t in g.latency.trace.tokens]) for g in done]
 
 
 serve(Inferkit)

@@ -91,9 +91,7 @@ def _unpacked(gguf: str) -> str:
         params = llama_cpp.llama_model_quantize_default_params()
         params.ftype, params.allow_requantize = _BF16, True
         part = made.with_suffix(".part")
-        if llama_cpp.llama_model_quantize(
-            gguf.encode(), str(part).encode(), ctypes.byref(params)
-        ):
+        if llama_cpp.llama_model_quantize(gguf.encode(), str(part).encode(), ctypes.byref(params)):
             raise SystemExit(f"llama.cpp does not unpack {gguf}")
         os.replace(part, made)
     return str(made)

@@ -1,4 +1,4 @@
-"""transformers: `generate`, one static batch. A streamer notes when each step's tokens are there."""
+"""transformers: `generate`, one static batch. A streamer notes the time of each step."""
 
 from __future__ import annotations
 

@@ -49,9 +49,7 @@ class Vllm:
         for prompt in prompts:
             self.count += 1
             found[str(self.count)] = Output([], [])
-            self.engine.add_request(
-                str(self.count), {"prompt_token_ids": list(prompt)}, params
-            )
+            self.engine.add_request(str(self.count), {"prompt_token_ids": list(prompt)}, params)
         while self.engine.has_unfinished_requests():
             for request in self.engine.step():
                 now = time.perf_counter()

@@ -226,9 +226,7 @@ class Engine:
         """
         self.call(lambda: self._stepper.resize(max_batch, context))
 
-    def close(
-        self, then: Callable[[], None] | None = None, timeout: float | None = None
-    ) -> None:
+    def close(self, then: Callable[[], None] | None = None, timeout: float | None = None) -> None:
         """Cancel all requests and end the thread. Safe to call twice.
 
         Args:

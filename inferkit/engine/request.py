@@ -75,7 +75,7 @@ class Request:
 
     @property
     def status(self) -> str:
-        """ "waiting", "running", or the finish reason."""
+        """One of "waiting", "running", or the finish reason."""
         with self._changed:
             if self._generation is not None:
                 return self._generation.finish_reason
@@ -257,6 +257,7 @@ class Request:
                 logprobs=tuple(self._logprobs) if self.params.logprobs else None,
                 error=error,
             )
+            # The handle must not keep the tokenizer (hundreds of MB) once the model is unloaded.
             self._detokenizer = self._on_cancel = None
             self._publish("")
             return self._generation

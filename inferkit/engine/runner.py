@@ -176,7 +176,7 @@ def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> st
 
 
 def _rope_depends_on_length(config: Any, context: int) -> bool:
-    """Dynamic and LongRoPE scaling look at the longest row of a batch (transformers' rope utils)."""
+    """Dynamic and LongRoPE scaling look at the longest row of a batch."""
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
@@ -197,12 +197,13 @@ class ProbeResult:
 
     @property
     def ok(self) -> bool:
+        """Whether that is near enough."""
         return self.cosine >= self.threshold
 
 
 @torch.inference_mode()
 def reference_logits(module: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The architecture's own logits after each prompt, run alone without a cache [prompts, vocab]."""
+    """The architecture's own logits [prompts, vocab] after each prompt, run alone, uncached."""
     device = module.get_input_embeddings().weight.device
     rows = [
         module(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float()

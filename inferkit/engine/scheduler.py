@@ -49,10 +49,12 @@ class Entry:
 
     @property
     def prompt_length(self) -> int:
+        """Tokens of its prompt."""
         return len(self.request.prompt_token_ids)
 
     @property
     def prefilling(self) -> bool:
+        """Whether part of its prompt is not yet in the cache."""
         return self.computed < self.prompt_length
 
     @property

@@ -1,4 +1,4 @@
-"""Which runner serves a model: slots where the architecture allows and proves it, else one by one."""
+"""Which runner serves a model: slots where the architecture proves it, else one by one."""
 
 from __future__ import annotations
 

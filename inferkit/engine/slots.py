@@ -88,7 +88,7 @@ class Slots:
     def free(self, entry: Entry, *, keep: bool) -> None:
         """Take a request's slot back; ``keep`` its tokens for later prefixes, or wipe them.
 
-        What failed may have left NaN, which would spread to the slot's next request: see `cache.py`.
+        What failed may have left NaN, which would spread to its next request: see `cache.py`.
         """
         if not keep:
             self._cache.wipe(entry.slot)

