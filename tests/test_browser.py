@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
 
