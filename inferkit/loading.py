@@ -133,7 +133,8 @@ def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> 
             f"{plan.architecture}: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}. "
             "Get the model again; or its config.json belongs to another model."
         )
-    return module.eval()
+    # Without gradients: an autograd graph that somebody keeps would keep the weights.
+    return module.eval().requires_grad_(False)
 
 
 def _device_map(plan: MemoryPlan) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
 
@@ -86,7 +86,9 @@ class Lab:
 
     def write(self, name: str, *sources: str) -> str:
         cells = [new_code_cell(source) for source in sources]
-        nbformat.write(new_notebook(cells=cells), self.folder / name)
+        # Without a kernel's name JupyterLab would ask for one.
+        metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+        nbformat.write(new_notebook(cells=cells, metadata=metadata), self.folder / name)
         return name
 
 
@@ -112,7 +114,7 @@ class Tab:
         """The text that a code cell shows so far."""
         return "".join(self.cell(cell).locator(".jp-OutputArea-output").all_inner_texts())
 
-    def cell(self, cell: int):
+    def cell(self, cell: int) -> Locator:
         return self.page.locator(".jp-CodeCell").nth(cell)
 
     def wait_for_output(self, cell: int, pattern: str, seconds: float = 120) -> str:
