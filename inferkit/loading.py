@@ -6,6 +6,7 @@ Whatever stops a load (an interrupt, a damaged file, lack of memory), what was r
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from inferkit.catalog import Source
 from inferkit.devices import release_memory
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
+from inferkit.model_files import SIDE_FILES
 from inferkit.quantize import loading_config, release_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# A tokenizer with a vocabulary of 262,144 takes 240 MiB, and a notebook that shows one keeps it:
+# as long as it lives, the same files are not read into another.
+_tokenizers: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
 
 @dataclass(slots=True)
@@ -27,7 +34,7 @@ class Loaded:
 
     Attributes:
         module: The transformers model, in eval mode.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; one object for all loads of the same files while it lives.
         end_ids: The tokens that end a generation, from the generation config.
         defaults: The sampling options that the model's authors recommend.
         vocab_size: Rows of the input embedding; prompts must stay below.
@@ -133,8 +140,7 @@ def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> 
             f"{plan.architecture}: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}. "
             "Get the model again; or its config.json belongs to another model."
         )
-    # Without gradients: an autograd graph that somebody keeps would keep the weights.
-    return module.eval().requires_grad_(False)
+    return module.eval()
 
 
 def _device_map(plan: MemoryPlan) -> dict[str, str]:
@@ -146,10 +152,16 @@ def _device_map(plan: MemoryPlan) -> dict[str, str]:
 def _read_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    files = (source.path / name for name in source.files if name.endswith(SIDE_FILES))
+    state = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
     try:
-        return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        found = _tokenizers.get(state)
+        if found is None:
+            found = AutoTokenizer.from_pretrained(
+                source.path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            _tokenizers[state] = found
+        return found
     except Exception as error:  # the tokenizers library raises plain Exception
         raise LoadError(
             f"The tokenizer in {source.path} cannot be read ({_first_line(error)}). "
