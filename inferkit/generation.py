@@ -146,4 +146,4 @@ def _row(gen: Generation) -> Sequence[object]:
 def _cut(text: str, length: int) -> str:
     """One line of at most so many characters."""
     line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"

@@ -32,7 +32,7 @@ def table(
 
     def cell(tag: str, text: str, column: int) -> str:
         style = _CELL.format(align="right" if right[column] else "left")
-        if len(text) < _WRAPS_FROM:
+        if tag == "th" or len(text) < _WRAPS_FROM:
             style += ";white-space:nowrap"
         return f'<{tag} style="{style}">{escape(text)}</{tag}>'
 

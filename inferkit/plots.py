@@ -81,8 +81,8 @@ def request_figure(latency: Latency) -> go.Figure:
     figure = make_subplots(
         rows=1,
         cols=2,
-        horizontal_spacing=0.1,
-        subplot_titles=("Tokens over time", "Gap before each token (ITL)"),
+        horizontal_spacing=0.14,
+        subplot_titles=("Tokens over time", "Gap before each token"),
     )
     note = _add_timeline(figure, latency)
     note = _add_gaps(figure, latency) or note
@@ -339,6 +339,7 @@ def _add_percentiles(
             textposition="bottom center" if quantile == "p50" else "top center",
             textfont={"size": 11, "color": colour},
             marker={"color": colour, "size": 11, "symbol": _SYMBOLS[quantile]},
+            cliponaxis=False,
             name=quantile,
             hovertemplate=f"%{{y}} {quantile}: %{{x:,.2f}} ms<extra></extra>",
         )
@@ -361,9 +362,10 @@ def _add_percentiles(
 
 
 def _log_ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers around the values: 1, 2, 5 of each decade, or decades alone where many."""
+    """Round numbers around the values: 1, 2, 5 of each decade; fewer where there are many."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    decades = high - low
+    steps = (1, 2, 5) if decades <= 2 else (1, 3) if decades == 3 else (1,)
     ticks = [step * 10.0**decade for decade in range(low, high + 1) for step in steps]
     first = max((i for i, tick in enumerate(ticks) if tick <= min(values)), default=0)
     last = min((i for i, tick in enumerate(ticks) if tick >= max(values)), default=len(ticks) - 1)

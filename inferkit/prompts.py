@@ -90,6 +90,9 @@ class Encoder:
             raise PromptError(f"A conversation is a list of messages, not {messages!r}. {wanted}")
         if not messages:
             raise PromptError("The conversation is empty; give at least one message.")
+        for message in messages:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise PromptError(f"{message!r} is no message. {wanted}")
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from inferkit.errors import OptionError
 from inferkit.footprint import QUANTIZE_MODES
+
+
+def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: not str(record.msg).startswith(beginning)
+
+
+# What bitsandbytes logs at every int8 matmul in bfloat16, and once about an optional package. A
+# person can do nothing about the first, and needs not do anything about the second.
+_NOISE = (
+    ("bitsandbytes.autograd._functions", _without("MatMul8bitLt: inputs will be cast")),
+    ("bitsandbytes.backends.cpu.ops", _without("Failed to load CPU gemm_4bit_forward")),
+)
 
 
 def check_mode(mode: Any) -> str:
@@ -30,8 +43,8 @@ def loading_config(mode: str, dtype: str) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    # bitsandbytes says at every int8 matmul that it casts its input; nothing can be done about it.
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    for logger, message in _NOISE:
+        logging.getLogger(logger).addFilter(message)
     if mode == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -125,8 +125,8 @@ def load(
     _check_chunk(prefill_chunk)
     _refuse_fork()
     devices = tuple(resolve_device(device))
-    name = _checked_name(name, ref)
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
+    name = _checked_name(name, ref)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)

@@ -36,6 +36,7 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        extra_arguments=["--log-level=ERROR"],  # no word on how the kernel is reached
         coalesce_streams=True,
         record_timing=False,
         store_widget_state=False,

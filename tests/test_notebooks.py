@@ -157,6 +157,20 @@ class TestQuickstart:
         assert drawn >= sum(PLOTLY in o.get("data", {}) for o in outputs(fresh.notebook)) >= 2
 
 
+@pytest.mark.demo
+def test_the_example_in_the_readme_runs(demo_model_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", example],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 5
+
+
 # -- the script on notebooks of its own -----------------------------------------------------------
 
 

@@ -45,6 +45,15 @@ SETTINGS = Settings(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More only wait for each other where tensors are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def weigh(value, position):
     """A term of a checksum; the same for numbers and tensors."""
     return (value + 1) * (31 * position * position + 7 * position + 1)

@@ -65,6 +65,10 @@ class Detokenizer:
         if not after.startswith(before):
             # Token ids may end a prompt within a character; the new tokens have completed it.
             before = before.rstrip(_UNFINISHED)
+        if not after.startswith(before):
+            # A decoder with byte fallback shows a run of bytes, if it ends within a character, as
+            # broken altogether: leave alone what was told and show what is new.
+            return self._decode(self._ids[self._read :])
         return after[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
