@@ -83,7 +83,12 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
             workers.append(Worker(name, options, asked.logs))
             _say(f"{name}: loaded in {workers[-1].load_s:.1f} s")
         for sample in speed.measure(
-            workers, cases, speed.Text(model / "tokenizer.json"), asked.rounds, asked.pause
+            workers,
+            cases,
+            speed.Text(model / "tokenizer.json"),
+            rounds=asked.rounds,
+            pause=asked.pause,
+            patience=asked.patience,
         ):
             samples.append(sample)
             step = "" if sample.step is None else f"step {1e3 * sample.step:7.1f} ms "
@@ -209,6 +214,7 @@ def _arguments() -> argparse.Namespace:
     add("--requests", type=int, default=500, help="for the memory part")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of every engine")
     add("--pause", type=float, default=0.3, help="seconds between two engines' calls")
+    add("--patience", type=float, default=10.0, help="most seconds a call waits for quiet")
     add("--wait", type=float, default=60.0, help="most seconds to wait for an idle machine")
     add("--readme", action="store_true", help="put the tables into benchmarks/README.md")
     add("--output", type=Path, default=HERE / "results" / f"{datetime.now():%Y-%m-%d}.json")

@@ -25,9 +25,10 @@ from typing import Any
 import psutil
 from peers.worker import Options
 from spread import Spread
-from workers import Worker
+from workers import Worker, wait_for_quiet
 
 HERE = Path(__file__).resolve().parent
+_DISTURBED = 0.2  # processors used by others, from which on a call is made again
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,46 @@ class Text:
 
 
 def measure(
-    workers: Sequence[Worker], cases: Sequence[Case], text: Text, rounds: int, pause: float
+    workers: Sequence[Worker],
+    cases: Sequence[Case],
+    text: Text,
+    *,
+    rounds: int,
+    pause: float,
+    patience: float,
 ) -> Iterator[Sample]:
-    """Round 0 warms up; the others are measured. The first worker's tokens are the reference."""
+    """Round 0 warms up; the others are measured. The first worker's tokens are the reference.
+
+    A measured call waits until other processes are quiet, at most ``patience`` seconds. If they
+    were at work during it all the same, it is made once more, and the less disturbed one counts.
+    """
     for number in range(rounds + 1):
         for case in cases:
             prompts = text.prompts(case)
             reference: list[list[int]] | None = None
             for worker in workers:
-                time.sleep(pause)  # whatever the last engine's threads still spin on
-                used, wall = _used(), time.perf_counter()
-                mine = worker.cpu_seconds()
-                answer = worker.generate(prompts, case.tokens)
-                mine = worker.cpu_seconds() - mine
-                wall = time.perf_counter() - wall
-                busy = max(0.0, (_used() - used - mine) / wall)
+                if number:
+                    wait_for_quiet(_DISTURBED, patience, interval=pause)
+                answer, busy = _call(worker, prompts, case.tokens, pause)
+                if number and busy > _DISTURBED:
+                    wait_for_quiet(_DISTURBED, patience, interval=pause)
+                    again = _call(worker, prompts, case.tokens, pause)
+                    answer, busy = min((answer, busy), again, key=lambda call: call[1])
                 ids = [output["token_ids"] for output in answer["outputs"]]
                 _check(worker, case, ids)
                 reference = reference or ids
                 yield _sample(worker.name, number, case, answer, busy, _agreement(reference, ids))
+
+
+def _call(
+    worker: Worker, prompts: list[list[int]], tokens: int, pause: float
+) -> tuple[dict[str, Any], float]:
+    """The answer, and the processors that other processes used meanwhile."""
+    time.sleep(pause)  # whatever the last engine's threads still spin on
+    used, mine, began = _used(), worker.cpu_seconds(), time.perf_counter()
+    answer = worker.generate(prompts, tokens)
+    wall, mine = time.perf_counter() - began, worker.cpu_seconds() - mine
+    return answer, max(0.0, (_used() - used - mine) / wall)
 
 
 def summarize(samples: Sequence[Sample]) -> list[dict[str, Any]]:

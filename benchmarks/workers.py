@@ -158,10 +158,10 @@ def in_fresh_process(script: str, **options: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def wait_for_quiet(limit: float, timeout: float) -> float:
+def wait_for_quiet(limit: float, timeout: float, interval: float = 5.0) -> float:
     """Wait until all processors together use less than ``limit`` of one; return what they use."""
     deadline = time.monotonic() + timeout
     while True:
-        used = psutil.cpu_percent(interval=5.0) / 100 * (psutil.cpu_count() or 1)
+        used = psutil.cpu_percent(interval) / 100 * (psutil.cpu_count() or 1)
         if used < limit or time.monotonic() > deadline:
             return used

@@ -188,6 +188,23 @@ def _phi3_window() -> transformers.PretrainedConfig:
     return transformers.Phi3Config(**_rotary(sliding_window=8))
 
 
+def _phi3_long() -> transformers.PretrainedConfig:
+    # Past 24 tokens, all rotary positions are stretched, those of the prompt too.
+    half = 64 // 4 // 2
+    return transformers.Phi3Config(
+        **_rotary(
+            original_max_position_embeddings=24,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * half,
+                "long_factor": [4.0] * half,
+                "original_max_position_embeddings": 24,
+            },
+        )
+    )
+
+
 def _gpt_oss() -> transformers.PretrainedConfig:
     return transformers.GptOssConfig(
         **_rotary(
@@ -348,6 +365,7 @@ SEQUENTIAL: dict[str, Config] = {
     "qwen3_next": _qwen3_next,
     "gemma3n": _gemma3n,
     "llama4_tuned": _llama4_tuned,
+    "phi3_long": _phi3_long,
 }
 _BY_NAME = {**CONFIGS, **UNUSUAL, **SEQUENTIAL}
 ARCHITECTURES = tuple(CONFIGS)

@@ -250,6 +250,14 @@ def test_a_stop_string_ends_the_text_where_it_first_appears(tokenizer, seed):
     assert len(found) <= len(ids)  # no more tokens were needed than those up to the string
 
 
+def test_of_two_stop_strings_in_one_token_the_first_in_the_text_counts():
+    tokenizer = byte_level()
+    (the,) = encode(tokenizer, " the")
+    for stop in (("e", "h"), ("h", "e")):
+        detokenizer = Detokenizer(tokenizer, encode(tokenizer, "so"), stop)
+        assert (detokenizer.add(the), detokenizer.stopped_by) == (" t", "h")
+
+
 def test_the_end_of_the_text_may_look_like_the_beginning_of_a_stop_string():
     tokenizer = byte_level()
     detokenizer = Detokenizer(tokenizer, encode(tokenizer, "so"), ("abab!", "bc"))

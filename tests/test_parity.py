@@ -285,7 +285,8 @@ REASONS = {
     "falcon": "FalconForCausalLM has an attention of its own",
     "qwen3_next": "Qwen3NextForCausalLM keeps a recurrent state",
     "gemma3n": "Gemma3nForCausalLM has layers that read the KV cache of other layers",
-    "llama4_tuned": "Llama4ForCausalLM gives other logits over slots",
+    "phi3_long": "Phi3ForCausalLM changes its rotary positions for all rows",
+    "llama4_tuned": "Llama4ForCausalLM computes with one length for all rows",
 }
 
 
@@ -297,6 +298,23 @@ def test_what_cannot_share_a_batch_runs_one_by_one_and_says_why(load, arch, capl
     assert REASONS[arch] in caplog.text
     assert REASONS[arch] in repr(model)
     check(submit_in_turns(model, ragged(arch)), ragged(arch))
+
+
+@pytest.mark.parametrize("arch", ["llama4_tuned", "phi3_long"])
+def test_a_context_at_which_batches_would_be_wrong_is_refused(load, arch):
+    """Below, the attention of the one is not sharpened and the other has its short positions."""
+    model = load(arch, context=20)
+    assert model.fallback is None
+    case = decisive(arch, lambda dice: words(dice, 10), tokens=8)
+    with pytest.raises(ik.OptionError, match=r"context=48 is too long .* Up to 20"):
+        model.configure(context=48)
+    assert model.context == 20
+    check([submit(model, case, 8)], [case])
+    model.unload()
+    model = load(arch, context=48)
+    assert model.fallback is not None
+    case = decisive(arch, lambda dice: words(dice, 22))
+    check([submit(model, case)], [case])
 
 
 def test_one_by_one_the_request_and_not_the_generation_config_says_when_it_ends(tmp_path):

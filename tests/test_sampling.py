@@ -99,7 +99,8 @@ def by_inferkit(logits: torch.Tensor, p: SamplingParams, grid: int) -> torch.Ten
     ids=str,
 )
 def test_tokens_come_as_often_as_transformers_processors_say(options):
-    logits = logits_of(300, spread=2.0)
+    logits = logits_of(300, spread=2.0) - 6
+    logits[0, [3, 7]] = torch.tensor([-1.0, 0.8])  # likely, and one of them negative
     params = SamplingParams(**{"temperature": 1.0} | options)
     wanted, got = by_transformers(logits, params), by_inferkit(logits, params, 4000)
     assert set(got.nonzero()[:, 0].tolist()) <= set(wanted.nonzero()[:, 0].tolist())
@@ -139,6 +140,7 @@ def test_each_row_of_a_batch_has_options_of_its_own():
     logits = logits_of(2000, spread=2.0)
     mixed = [
         SamplingParams(),
+        SamplingParams(temperature=2.0),
         SamplingParams(temperature=1.0),
         SamplingParams(temperature=0.7, top_p=0.8),
         SamplingParams(repetition_penalty=1.5),

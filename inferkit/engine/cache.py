@@ -83,8 +83,9 @@ class SlotCache:
             )
             for g, d in zip(geometry, devices, strict=True)
         ]
-        # No model may depend on it, for rows differ in length; a trial sets it to see that.
+        # No model may depend on the length it asks for, for every row has its own: see serving.py.
         self.told_length = 0
+        self.asked_length = False
         self._view: View | None = None
         self._index: dict[tuple[torch.device, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -132,6 +133,7 @@ class SlotCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """What some models add to positions; ours come explicitly, so nothing is to be added."""
+        self.asked_length = True
         return self.told_length
 
     def _read(self, layer: _Layer) -> int:
@@ -183,10 +185,7 @@ class SlotCache:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another (see `reusable`)."""
         for layer in self._layers:
-            # A ring's entries are copied whole: what lies beyond the prefix reads as absent.
-            n = layer.capacity if length > layer.capacity else length
-            if layer.geometry.kind != "full":
-                n = layer.capacity
+            n = min(length, layer.capacity)
             for store in (layer.keys, layer.values):
                 store[target, :, :n] = store[source, :, :n]
 

@@ -220,10 +220,8 @@ def probe_prompts(vocab: int, window: int | None) -> list[list[int]]:
     return [draw[:5], draw[5:]]
 
 
-def probe(
-    runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor
-) -> ProbeResult:
-    """Prefill and decode the prompts over slots, and compare with the model's own logits."""
+def slotted_logits(runner: SlottedRunner, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The logits [prompts, vocab] after each prompt, prefilled and decoded over slots."""
     for i in range(0, max(len(p) for p in prompts) - 1, runner.prefill_chunk):
         chunks = [
             Chunk(slot, p[i : min(len(p) - 1, i + runner.prefill_chunk)], i)
@@ -231,7 +229,14 @@ def probe(
             if i < len(p) - 1
         ]
         runner.prefill(chunks)
-    got = runner.decode([p[-1] for p in prompts], [len(p) - 1 for p in prompts]).float()
+    return runner.decode([p[-1] for p in prompts], [len(p) - 1 for p in prompts]).float()
+
+
+def probe(
+    runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor
+) -> ProbeResult:
+    """Compare the logits over slots with the model's own."""
+    got = slotted_logits(runner, prompts)
     cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min().item()
     return ProbeResult(cosine, 0.9999 if runner.dtype == torch.float32 else 0.97)
 

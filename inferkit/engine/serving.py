@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from inferkit.engine.runner import (
@@ -11,11 +12,14 @@ from inferkit.engine.runner import (
     probe_prompts,
     reference_logits,
     require_decoder,
+    slotted_logits,
     supports_slots,
 )
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV, kv_geometry
+
+_TRIAL_CHUNK = 8
 
 _log = logging.getLogger("inferkit")
 
@@ -51,27 +55,45 @@ def make_runner(
     return SequentialRunner(module, context=context, prefill_chunk=prefill_chunk, reason=reason)
 
 
+def reason_against(runner: SlottedRunner, context: int) -> str | None:
+    """Why a model that runs over slots would be wrong there at another context, if it would."""
+    reason = supports_slots(runner.module, runner.geometry, context)
+    if reason is not None:
+        return reason
+    prompts = _prompts(runner.module, runner.geometry, context)
+    room = max(map(len, prompts)) + _TRIAL_CHUNK
+    trial = SlottedRunner(
+        runner.module, runner.geometry, slots=2, context=room, prefill_chunk=_TRIAL_CHUNK
+    )
+    try:
+        return _heeds_length(trial, prompts, context)
+    finally:
+        trial.release()
+
+
 def _proved(
     module: Any, geometry: tuple[LayerKV, ...], slots: int, context: int, prefill_chunk: int
 ) -> tuple[SlottedRunner | None, str]:
     """The slotted runner if its logits agree with the architecture's own, else why not."""
     name = type(module).__name__
     own_attention = module.config._attn_implementation
-    window = min((g.window for g in geometry if g.window), default=None)
-    prompts = [p[: context - 1] for p in probe_prompts(_vocabulary(module), window)]
+    prompts = _prompts(module, geometry, context)
     wanted = reference_logits(module, prompts)
     trial = None
     try:
         trial = SlottedRunner(
-            module, geometry, slots=2, context=context, prefill_chunk=min(prefill_chunk, 8)
+            module,
+            geometry,
+            slots=2,
+            context=context,
+            prefill_chunk=min(prefill_chunk, _TRIAL_CHUNK),
         )
-        # Llama 4 sharpens its attention beyond a length that it asks of the cache.
-        trial.cache.told_length = max(0, context - trial.prefill_chunk)
         result = probe(trial, prompts, wanted)
+        length = _heeds_length(trial, prompts, context)
     except Exception as error:  # code of any architecture, under a cache it does not know
         problem = f"{name} does not run over slots ({type(error).__name__}: {error})"
     else:
-        if result.ok:
+        if result.ok and length is None:
             trial.release()
             return (
                 SlottedRunner(
@@ -79,7 +101,7 @@ def _proved(
                 ),
                 "",
             )
-        problem = (
+        problem = length or (
             f"{name} gives other logits over slots than alone (cosine {result.cosine:.4f}, "
             f"{result.threshold} is needed)"
         )
@@ -89,5 +111,27 @@ def _proved(
     return None, problem
 
 
-def _vocabulary(module: Any) -> int:
-    return int(module.get_input_embeddings().weight.shape[0])
+def _prompts(module: Any, geometry: tuple[LayerKV, ...], context: int) -> list[list[int]]:
+    vocabulary = int(module.get_input_embeddings().weight.shape[0])
+    window = min((g.window for g in geometry if g.window), default=None)
+    return [p[: context - 1] for p in probe_prompts(vocabulary, window)]
+
+
+def _heeds_length(
+    trial: SlottedRunner, prompts: Sequence[Sequence[int]], context: int
+) -> str | None:
+    """Whether logits change with the one length that the cache tells, up to the context.
+
+    Llama 4 asks for it: beyond some thousand tokens it sharpens its attention.
+    """
+    cache = trial.cache
+    first = slotted_logits(trial, prompts)
+    if not cache.asked_length:
+        return None
+    again = slotted_logits(trial, prompts)  # on some devices the same pass rounds otherwise
+    cache.told_length = max(0, context - trial.prefill_chunk)
+    told = slotted_logits(trial, prompts)
+    cache.told_length = 0
+    if (told - first).abs().max() <= 4 * (again - first).abs().max():
+        return None
+    return f"{type(trial.module).__name__} computes with one length for all rows of a batch"

@@ -93,8 +93,6 @@ class Slots:
         if not keep:
             self._cache.wipe(entry.slot)
         held = self._holds(entry) if keep and self.reuse else _Held()
-        # A slot can be written to at the position after its last token, so that must exist.
-        held = _Held(held.tokens[: self._cache.context - 1], held.written)
         last = self._active[-1]
         if last is not entry:
             mine, other = entry.slot, last.slot

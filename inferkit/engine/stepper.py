@@ -13,8 +13,9 @@ from inferkit.engine.request import Request
 from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.engine.scheduler import Entry, Scheduler
 from inferkit.engine.sequential import SequentialRunner
+from inferkit.engine.serving import reason_against
 from inferkit.engine.slots import Slots
-from inferkit.errors import GenerationError, InferkitError, OutOfMemoryError
+from inferkit.errors import GenerationError, InferkitError, OptionError, OutOfMemoryError
 from inferkit.generation import FinishReason, Settings
 from inferkit.sampling import Sampled, sample
 
@@ -132,12 +133,20 @@ class Stepper:
         """Change the number of slots and their length, while nothing runs.
 
         Raises:
+            OptionError: At this context the model would be wrong over slots; nothing has changed.
             OutOfMemoryError: The cache could not be allocated; one of the old size is back.
         """
         if isinstance(self.runner, SequentialRunner):
             self.runner.context = context
         elif self._slots is not None:
             old = self.runner.cache.slots, self.runner.cache.context
+            reason = reason_against(self.runner, context) if context > old[1] else None
+            if reason is not None:
+                raise OptionError(
+                    f"context={context} is too long for batches: {reason}. Up to {old[1]} they "
+                    f"share; for more, unload the model and load it with context={context}, where "
+                    "its requests run one at a time."
+                )
             _, problem = _attempt(self.runner.resize, max_batch, context)
             if problem is not None:
                 self.runner.resize(*old)
