@@ -194,6 +194,16 @@ def release_memory(device_names: Iterable[str]) -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; torch tells it of a CPU by a RuntimeError."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return any(t in text for t in ("out of memory", "allocate memory", "DefaultCPUAllocator"))
+
+
 def _canonical(device: Any, given: Any) -> str:
     text = str(device).strip().lower()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):

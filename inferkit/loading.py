@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from inferkit.catalog import Source
-from inferkit.devices import release_memory
+from inferkit.devices import out_of_memory, release_memory
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
@@ -233,7 +233,7 @@ def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
         problem = DamagedFileError(
             f"A weight file in {source.path} cannot be read ({line}). Get the model again."
         )
-    elif isinstance(error, MemoryError) or "out of memory" in line or "allocate memory" in line:
+    elif out_of_memory(error):
         problem = LoadError(
             f"Memory ran out while {source.ref!r} was loading; what was read is released. "
             f"{plan.explain()}"

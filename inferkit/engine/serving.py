@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from inferkit.devices import out_of_memory
 from inferkit.engine.runner import (
     SlottedRunner,
     probe,
@@ -40,6 +41,7 @@ def make_runner(
 
     Raises:
         UnsupportedModelError: The model is an encoder-decoder.
+        Exception: Whatever says that memory ran out, which proves nothing of the architecture.
     """
     require_decoder(module.config)
     try:
@@ -91,6 +93,8 @@ def _proved(
         result = probe(trial, prompts, wanted)
         length = _heeds_length(trial, prompts, context)
     except Exception as error:  # code of any architecture, under a cache it does not know
+        if out_of_memory(error):
+            raise
         problem = f"{name} does not run over slots ({type(error).__name__}: {error})"
     else:
         if result.ok and length is None:

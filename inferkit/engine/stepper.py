@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferkit.devices import out_of_memory
 from inferkit.engine.request import Request
 from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.engine.scheduler import Entry, Scheduler
@@ -230,8 +231,10 @@ class Stepper:
 
         def choose(logits: Any) -> int | None:
             """The next token, or None when the request is over."""
-            if entry.request.cancelled or self._closing():
+            self.drop_cancelled()
+            if not entry.request.done and self._closing():
                 self._finish(entry, _Outcome("cancelled"))
+            if entry.request.done:
                 return None
             self._hand_out([entry], self._choose([entry], logits))
             return None if entry.request.done else entry.tokens[-1]
@@ -320,7 +323,7 @@ def _attempt(work: Callable[..., Any], *inputs: Any) -> tuple[Any, GenerationErr
 def _explain(error: Exception) -> GenerationError:
     first = str(error).strip().split("\n", 1)[0]
     problem: GenerationError
-    if _out_of_memory(error):
+    if out_of_memory(error):
         problem = OutOfMemoryError(
             f"The device ran out of memory while this request ran ({first}). The other requests "
             "go on. Lower max_batch or context with model.configure(), or load quantized."
@@ -329,12 +332,3 @@ def _explain(error: Exception) -> GenerationError:
         problem = GenerationError(f"The model failed: {type(error).__name__}: {first}")
     problem.add_note("".join(traceback.format_exception(error)))
     return problem
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text or "DefaultCPUAlloc" in text
