@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from inferkit.engine.openmp import release_team
 from inferkit.engine.request import Request, forked
 from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.scheduler import Batching, Entry, Scheduler
@@ -170,6 +171,7 @@ class Engine:
             ForkedProcessError: This process is a fork of the one that loaded the model.
         """
         self._check_process()
+        release_team()
         with self._news:
             if self._closing:
                 raise self._refusal()
@@ -288,19 +290,20 @@ class Engine:
             self.steps.append(self._stepper.step())
 
     def _wait_for_work(self) -> bool:
-        scheduler = self._scheduler
+        if not self._has_work():
+            release_team()
         with self._news:
-            while not (
-                self._closing
-                or self._inbox
-                or self._commands
-                or scheduler.running
-                or scheduler.waiting
-            ):
+            while not self._has_work():
                 self._news.wait()
             while self._inbox:
-                scheduler.add(Entry(self._inbox.popleft()))
+                self._scheduler.add(Entry(self._inbox.popleft()))
             return not self._closing
+
+    def _has_work(self) -> bool:
+        scheduler = self._scheduler
+        return bool(
+            self._closing or self._inbox or self._commands or scheduler.running or scheduler.waiting
+        )
 
     def _run_commands(self) -> None:
         """Those that were withdrawn hold nothing up; the others need an idle engine."""
