@@ -95,7 +95,7 @@ def measure(
         "max_batch": max_batch,
         "predicted": {"weights": plan.weights, "kv_cache": plan.kv_cache},
         "tensors": {
-            "weights": sum(t.nbytes for t in _storages(_model_tensors(runner.module))),
+            "weights": _weights(runner.module),
             "kv_cache": sum(t.nbytes for t in _storages(_cache_tensors(runner.cache))),
         },
         "resident_as_found": found,
@@ -158,6 +158,14 @@ def _model_tensors(module: Any) -> Iterator[Any]:
             for name in names:
                 if isinstance(getattr(holder, name, None), torch.Tensor):
                     yield getattr(holder, name)
+
+
+def _weights(module: Any) -> int:
+    """Bytes of a model's tensors; a packed weight is no tensor that has a storage."""
+    from inferkit.packing import PackedLinear
+
+    packed = [m.packed_bytes for m in module.modules() if isinstance(m, PackedLinear)]
+    return sum(packed) + sum(t.nbytes for t in _storages(_model_tensors(module)))
 
 
 def _storages(tensors: Iterator[Any]) -> Iterator[Any]:

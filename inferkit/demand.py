@@ -10,6 +10,7 @@ from inferkit.errors import UnsupportedModelError
 from inferkit.footprint import (
     WeightFormat,
     device_of,
+    packed_growth,
     quantized_linears,
     split_modules,
     weight_bytes,
@@ -147,7 +148,8 @@ class Demand:
         free = {name: left for name, (_, left) in memory.items()}
         device_map = split_modules(meta, sizes, free, form)
         weights = dict.fromkeys(memory, 0)
-        for name, size in sizes.items():
+        growth = packed_growth(meta, form, device_map)
+        for name, size in [*sizes.items(), *growth.items()]:
             weights[device_of(device_map, name)] += size
         layers: dict[str, tuple[LayerKV, ...]] = dict.fromkeys(memory, ())
         for name, layer in zip(_layer_names(meta, len(geometry), len(memory)), geometry):

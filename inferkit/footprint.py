@@ -20,6 +20,7 @@ __all__ = [
     "WeightFormat",
     "device_of",
     "meta_model",
+    "packed_growth",
     "quantized_linears",
     "split_modules",
     "weight_bytes",
@@ -177,6 +178,29 @@ def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
         else:
             sizes[name] = tensor.numel() * tensor.element_size()
     return sizes
+
+
+def packed_growth(model: Any, form: WeightFormat, device_map: Mapping[str, str]) -> dict[str, int]:
+    """Bytes that packing adds to the plain weights, by module name (see :mod:`inferkit.packing`).
+
+    Whole blocks take a little more than a matrix that does not divide by them. A matrix that is
+    the input embeddings' too has a packed copy beside it.
+    """
+    from torch import nn
+
+    from inferkit.packing import packable, packed_bytes
+
+    quantized, in_fp32 = quantized_linears(model, form), _kept_in_fp32(model)
+    embeddings = model.get_input_embeddings().weight
+    dtype = str(model.dtype).removeprefix("torch.")
+    growth = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or name in quantized or in_fp32(f"{name}.weight"):
+            continue
+        if packable(device_of(device_map, name), dtype):
+            plain = 0 if module.weight is embeddings else module.weight.nbytes
+            growth[name] = packed_bytes(*module.weight.shape) - plain
+    return growth
 
 
 def split_modules(

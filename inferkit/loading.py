@@ -60,7 +60,7 @@ def load_files(
     """
     try:
         with _progress_bars(progress):
-            module = _read_weights(source, plan, trust_remote_code)
+            module = _read_weights(source, plan, trust_remote_code, progress)
             tokenizer = _read_tokenizer(source, trust_remote_code)
         return Loaded(
             module=module,
@@ -84,11 +84,14 @@ def release(loaded: Loaded) -> None:
     """
     import torch
 
+    from inferkit.packing import release_packed
+
     if loaded.module is not None:
         for tensor in [*loaded.module.parameters(), *loaded.module.buffers()]:
             if tensor.device.type != "meta":
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         release_quantized(loaded.module)
+        release_packed(loaded.module)
     loaded.module = loaded.tokenizer = None
     release_memory(loaded.devices)
 
@@ -112,9 +115,13 @@ def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseExcep
     return problem
 
 
-def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> PreTrainedModel:
+def _read_weights(
+    source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: bool
+) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
+
+    from inferkit.packing import pack_linears
 
     try:
         module, found = AutoModelForCausalLM.from_pretrained(
@@ -142,11 +149,24 @@ def _read_weights(source: Source, plan: MemoryPlan, trust_remote_code: bool) -> 
         )
     # Without gradients: an autograd graph that somebody keeps would keep the weights.
     module.eval().requires_grad_(False)
-    _pack_input(module.get_output_embeddings())
+    pack_linears(module, progress=progress)
+    _own_memory(module)
+    _dense_input(module.get_output_embeddings())
     return module
 
 
-def _pack_input(head: Any) -> None:
+def _own_memory(module: Any) -> None:
+    """Copy the weights that are still pages of their file into memory of the process.
+
+    Whoever shortens a mapped file kills the kernel. And what is read here is not read, page by
+    page, while the first tokens are timed; nor does it lie askew: see benchmarks/README.md.
+    """
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if tensor.device.type == "cpu" and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
+def _dense_input(head: Any) -> None:
     """Have the output embeddings read their input as dense rows.
 
     They get a slice, the last position of each row. On CPU, torch multiplies a slice by a weight

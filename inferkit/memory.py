@@ -73,7 +73,7 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        """Bytes of parameters and buffers, tied ones once."""
+        """Bytes of parameters and buffers as they are kept; tied ones once, unless packed."""
         return sum(d.weights for d in self.devices)
 
     @property
