@@ -39,11 +39,12 @@ from inferkit.errors import (
 if TYPE_CHECKING:
     from inferkit.engine import Request
     from inferkit.generation import Generation
-    from inferkit.latency import Latency, LatencySummary, summarize
+    from inferkit.latency import LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
     from inferkit.model import Model
     from inferkit.registry import load, models
     from inferkit.sampling import SamplingParams
+    from inferkit.trace import Latency
 
 __version__ = "0.1.0"
 
@@ -79,7 +80,7 @@ __all__ = [
 
 _HOME = {
     "Generation": "inferkit.generation",
-    "Latency": "inferkit.latency",
+    "Latency": "inferkit.trace",
     "LatencySummary": "inferkit.latency",
     "MemoryPlan": "inferkit.memory",
     "Model": "inferkit.model",

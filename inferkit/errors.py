@@ -21,6 +21,8 @@ A message says what was wrong, with the value; what would have been right; and w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "DamagedFileError",
     "DeviceError",
@@ -37,6 +39,7 @@ __all__ = [
     "OutOfMemoryError",
     "PromptError",
     "UnsupportedModelError",
+    "listed",
 ]
 
 
@@ -102,3 +105,8 @@ class NonFiniteLogitsError(GenerationError):
 
 class ForkedProcessError(InferkitError):
     """A model was used in a forked child of the process that loaded it."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as messages give them: ``'a', 'b'``."""
+    return ", ".join(map(repr, names))

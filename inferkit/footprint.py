@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from inferkit.errors import OptionError, UnsupportedModelError
+from inferkit.errors import OptionError, UnsupportedModelError, listed
 
 __all__ = [
     "QUANTIZE_MODES",
     "WeightFormat",
+    "check_mode",
     "device_of",
     "meta_model",
     "packed_growth",
@@ -59,6 +60,13 @@ class WeightFormat:
         return -(-count // 2) + scales + _CODE_BYTES
 
 
+def check_mode(mode: Any) -> str:
+    """Return the mode, or raise OptionError naming those that exist."""
+    if mode not in QUANTIZE_MODES:
+        raise OptionError(f"quantize={mode!r} is unknown: choose one of {listed(QUANTIZE_MODES)}.")
+    return str(mode)
+
+
 def weight_format(config: Any, quantize: str) -> tuple[WeightFormat, str]:
     """The format that loading ``config`` with this ``quantize`` gives, and a note or "".
 
@@ -68,9 +76,7 @@ def weight_format(config: Any, quantize: str) -> tuple[WeightFormat, str]:
     Raises:
         OptionError: The mode is unknown, or the checkpoint is already quantized in another one.
     """
-    if quantize not in QUANTIZE_MODES:
-        modes = ", ".join(map(repr, QUANTIZE_MODES))
-        raise OptionError(f"quantize={quantize!r} is not a mode; use one of {modes}.")
+    check_mode(quantize)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return WeightFormat(quantize), ""

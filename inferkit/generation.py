@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from inferkit import latency as _latency
 from inferkit.errors import InferkitError
 from inferkit.html import table, text_table
-from inferkit.latency import Latency
 from inferkit.sampling import SamplingParams, TokenLogprobs
+from inferkit.trace import Latency
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -73,3 +74,10 @@ def format_bytes(count: float, digits: int = 1) -> str:
     """Bytes as people read memory: ``"16.4 GiB"`` from one GiB up, ``"385.0 MiB"`` below it."""
     gib = count / 2**30
     return f"{gib:.{digits}f} GiB" if gib >= 1 else f"{count / 2**20:.{digits}f} MiB"
+
+
+def format_number(value: float | None) -> str:
+    """Three digits or so; "-" where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"

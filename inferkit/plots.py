@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import numpy as np
     import plotly.graph_objects as go
 
-    from inferkit.latency import Latency, LatencySummary, Metric
+    from inferkit.definitions import Metric
+    from inferkit.latency import LatencySummary
+    from inferkit.trace import Latency
 
 __all__ = ["itl_distribution", "percentiles", "request_figure", "summary_figure"]
 __all__ += ["tokens_over_time"]

@@ -6,9 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from inferkit.errors import OptionError
-from inferkit.footprint import QUANTIZE_MODES
-
 
 def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not str(record.msg).startswith(beginning)
@@ -20,15 +17,6 @@ _NOISE = (
     ("bitsandbytes.autograd._functions", _without("MatMul8bitLt: inputs will be cast")),
     ("bitsandbytes.backends.cpu.ops", _without("Failed to load CPU gemm_4bit_forward")),
 )
-
-
-def check_mode(mode: Any) -> str:
-    """Return the mode, or raise OptionError naming those that exist."""
-    if mode not in QUANTIZE_MODES:
-        raise OptionError(
-            f"quantize={mode!r} is unknown: choose one of {', '.join(map(repr, QUANTIZE_MODES))}."
-        )
-    return str(mode)
 
 
 def loading_config(mode: str, dtype: str) -> Any:

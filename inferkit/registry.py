@@ -19,10 +19,10 @@ from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
+from inferkit.footprint import check_mode
 from inferkit.html import format_bytes, table, text_table
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
-from inferkit.quantize import check_mode
 from inferkit.resident import Identity, take_in
 from inferkit.sampling import unknown_option
 

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from inferkit.definitions import DEFINITIONS
 from inferkit.errors import OptionError
-from inferkit.latency import DEFINITIONS, Latency, Trace, summarize
+from inferkit.latency import summarize
+from inferkit.trace import Latency, Trace
 
 MS = 1_000_000
 

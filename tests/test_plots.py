@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from inferkit import plots
-from inferkit.latency import Latency, Trace, summarize
+from inferkit.latency import summarize
+from inferkit.trace import Latency, Trace
 
 MS = 1_000_000
 

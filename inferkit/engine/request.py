@@ -15,8 +15,8 @@ from typing import Any
 from inferkit.engine.detokenize import Detokenizer
 from inferkit.errors import ForkedProcessError, GenerationError, InferkitError
 from inferkit.generation import FinishReason, Generation, Settings
-from inferkit.latency import Latency, Trace
 from inferkit.sampling import RowSampler, Sampled, SamplingParams, TokenLogprobs
+from inferkit.trace import Latency, Trace
 
 _log = logging.getLogger("inferkit")
 _ids = itertools.count(1)
