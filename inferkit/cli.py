@@ -35,6 +35,7 @@ _MODEL_OPTIONS = (
 )
 _LOAD_OPTIONS = (*_MODEL_OPTIONS, "batching", "force")
 _SAMPLING_OPTIONS = (
+    "sampling",
     "max_tokens",
     "temperature",
     "top_p",
@@ -143,7 +144,7 @@ def _as_json(model: Model, generations: Sequence[Generation]) -> str:
         "generations": [gen.to_dict() for gen in generations],
         "summary": ik.summarize(generations).to_dict(),
     }
-    return json.dumps(document, ensure_ascii=False, indent=2)
+    return json.dumps(document, indent=2)  # in ASCII, which every pipe carries
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -159,7 +160,7 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options that were written, so that the library's and the model's defaults hold."""
+    """The options that were written, so that the library's defaults hold for the others."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -204,7 +205,10 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_model_options(run)
     run.add_argument("--batching", help="continuous, static or off")
     run.add_argument("--force", action="store_true", help="load although the plan says no")
-    sampling = run.add_argument_group("sampling (default: the model's own)")
+    sampling = run.add_argument_group("sampling (default: greedy)")
+    sampling.add_argument(
+        "--sampling", choices=["model"], help="start from what the model's authors recommend"
+    )
     sampling.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
     sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
     sampling.add_argument("--top-p", type=float, metavar="P")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from inferkit.errors import OptionError, listed
+from inferkit.errors import OptionError
+from inferkit.html import listed
 from inferkit.trace import NS, Latency, Trace
 
 if TYPE_CHECKING:

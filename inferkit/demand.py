@@ -60,20 +60,25 @@ class Transients:
 
         residual, norms   t * hidden * (6 * itemsize + 2 * 4)          two copies in fp32
         projections, MLP  t * width * 4 * itemsize                     gate, up, their product, out
-        attention         t * positions * (heads * itemsize + 1 + itemsize)   scores and mask
+        attention         t * positions * (heads * (itemsize + written) + 1 + itemsize)
         dequantized       the largest quantized weight, or its unpacked form (see below)
 
         keys and values   one layer's share of the KV cache            when rows are gathered
 
     ``width`` is the widest projection of the architecture, or the widest expert times the experts
-    per token. ``positions`` is the KV cache's capacity. On the device of the output embeddings
-    come logits, ``rows * vocab * (itemsize + 4 + 4 + 8)``: in dtype, in fp32, sorted, and the
-    sort's int64 indices.
+    per token. ``positions`` is the KV cache's capacity. Attention holds the scores (or the mask,
+    repeated for the heads that share a KV head), and the mask itself beside the booleans that it is
+    made of. Where no fused kernel computes it (:mod:`inferkit.engine.attention`), ``written`` is
+    not 0: the scores live beside the repeated mask, their softmax is taken in fp32 from a copy in
+    fp32 (``itemsize + 4 + 4``), and sinks are joined to another copy of them (``itemsize`` more).
+    On the device of the output embeddings come logits, ``rows * vocab * (itemsize + 4 + 4 + 8)``:
+    in dtype, in fp32, sorted, and the sort's int64 indices.
     """
 
     hidden: int
     width: int
     heads: int
+    written: int
     vocab: int
     dequantized: int
 
@@ -94,6 +99,7 @@ class Transients:
             hidden=int(getattr(text, "hidden_size", 0) or width),
             width=max([width, *(per_token * e for e in experts)]),
             heads=_most_heads(text),
+            written=_written_out(model, text, itemsize),
             vocab=int(vocab),
             dequantized=largest * per_weight,
         )
@@ -102,7 +108,7 @@ class Transients:
         """Bytes while one layer runs on ``tokens`` tokens that attend to ``positions``."""
         residual = self.hidden * (6 * itemsize + 2 * 4)
         mlp = self.width * 4 * itemsize
-        attention = positions * (self.heads * itemsize + 1 + itemsize)
+        attention = positions * (self.heads * (itemsize + self.written) + 1 + itemsize)
         return tokens * (residual + mlp + attention) + self.dequantized
 
     def logits_bytes(self, rows: int, itemsize: int) -> int:
@@ -142,11 +148,15 @@ class Demand:
         form: WeightFormat,
         memory: Mapping[str, tuple[int, int]],
         prefill_chunk: int,
+        device_map: Mapping[str, str] | None = None,
     ) -> Demand:
-        """Place a meta model's modules on the devices in ``memory`` and add up what they hold."""
+        """Add up what a meta model's modules hold on each of the devices in ``memory``.
+
+        Where no ``device_map`` says which module is where, they are spread over the devices.
+        """
         sizes = weight_bytes(meta, form)
         free = {name: left for name, (_, left) in memory.items()}
-        device_map = split_modules(meta, sizes, free, form)
+        device_map = device_map or split_modules(meta, sizes, free, form)
         weights = dict.fromkeys(memory, 0)
         growth = packed_growth(meta, form, device_map)
         for name, size in [*sizes.items(), *growth.items()]:
@@ -226,3 +236,12 @@ def _is_projection(module: Any) -> bool:
 def _most_heads(text_config: Any) -> int:
     layers: Sequence[Any] = getattr(text_config, "per_layer_config", None) or [text_config]
     return max(int(getattr(c, "num_attention_heads", 0) or 0) for c in layers)
+
+
+def _written_out(model: Any, text_config: Any, itemsize: int) -> int:
+    """Bytes per score that attention with bent scores or with sinks holds: see `Transients`."""
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if sinks:
+        return 2 * itemsize + 4 + 4
+    bent = getattr(text_config, "attn_logit_softcapping", None) is not None
+    return itemsize + 4 + 4 if bent else 0

@@ -22,7 +22,7 @@ __all__ = [
     "Device",
     "DeviceTable",
     "devices",
-    "free_memory",
+    "find_device",
     "release_memory",
     "resolve_device",
     "resolve_dtype",
@@ -95,13 +95,25 @@ class DeviceTable(tuple[Device, ...]):
 
 
 def devices() -> DeviceTable:
-    """List the attached devices with their memory: accelerators first, the CPU last."""
-    import torch
+    """List the attached devices with their memory: accelerators first, the CPU last.
 
-    found = [_cuda_device(i) for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        found.append(_mps_device())
-    return DeviceTable([*found, _cpu_device()])
+    One that does not answer is listed without memory, and its description says why.
+    """
+    return DeviceTable(map(_listed, _attached_names()))
+
+
+def find_device(name: str) -> Device:
+    """The device with this canonical name, as it is now; no other one is asked.
+
+    Raises:
+        DeviceError: The device is not attached, or does not answer.
+    """
+    attached = _attached_names()
+    if name not in attached:
+        raise _not_attached(name, attached)
+    if name == "cpu":
+        return _cpu_device()
+    return _mps_device() if name == "mps" else _cuda_device(int(name.removeprefix("cuda:")))
 
 
 def resolve_device(device: Any) -> list[str]:
@@ -160,18 +172,6 @@ def resolve_dtype(
     stored = str(checkpoint_dtype).removeprefix("torch.")
     liked = {_preferred_dtype(d, stored) for d in deciding}
     return liked.pop() if len(liked) == 1 else "float16"
-
-
-def free_memory(device_name: str) -> int:
-    """Bytes that can be allocated now on the device with this canonical name.
-
-    Raises:
-        DeviceError: The device is not attached.
-    """
-    for device in devices():
-        if device.name == device_name:
-            return device.free
-    raise _not_attached(device_name, _attached_names())
 
 
 def release_memory(device_names: Iterable[str]) -> None:
@@ -243,12 +243,29 @@ def _preferred_dtype(name: str, stored: str) -> str:
     return "bfloat16" if torch.cuda.get_device_capability(name) >= (8, 0) else "float16"
 
 
+def _listed(name: str) -> Device:
+    try:
+        return find_device(name)
+    except DeviceError as error:
+        return Device(name, name.partition(":")[0], str(error), 0, 0, False)
+
+
 def _cuda_device(index: int) -> Device:
+    """Asking for its memory makes a context on the device, which takes some hundred MB there."""
     import torch
 
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    name = torch.cuda.get_device_name(index)
+    try:
+        free, total = torch.cuda.mem_get_info(index)
+        # What torch keeps of freed tensors is taken from the device, and free to this process.
+        free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        name = torch.cuda.get_device_name(index)
+    except RuntimeError as error:  # a full device, or one that another process has for itself
+        line = str(error).strip().split("\n", 1)[0]
+        raise DeviceError(
+            f"cuda:{index} does not answer ({line}). `nvidia-smi` shows who uses it: end that "
+            "program, or name another device, such as device='cpu'."
+        ) from error
     description = f"{name}, compute capability {major}.{minor}"
     return Device(f"cuda:{index}", "cuda", description, total, free, major >= 8)
 

@@ -21,8 +21,6 @@ A message says what was wrong, with the value; what would have been right; and w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 __all__ = [
     "DamagedFileError",
     "DeviceError",
@@ -39,7 +37,6 @@ __all__ = [
     "OutOfMemoryError",
     "PromptError",
     "UnsupportedModelError",
-    "listed",
 ]
 
 
@@ -96,7 +93,7 @@ class GenerationError(InferkitError):
 
 
 class OutOfMemoryError(GenerationError, MemoryError):
-    """The device ran out of memory while the request ran."""
+    """The device ran out of memory, under a request or under a change of the KV cache."""
 
 
 class NonFiniteLogitsError(GenerationError):
@@ -105,8 +102,3 @@ class NonFiniteLogitsError(GenerationError):
 
 class ForkedProcessError(InferkitError):
     """A model was used in a forked child of the process that loaded it."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as messages give them: ``'a', 'b'``."""
-    return ", ".join(map(repr, names))

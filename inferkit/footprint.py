@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from inferkit.errors import OptionError, UnsupportedModelError, listed
+from inferkit.errors import OptionError, UnsupportedModelError
+from inferkit.html import listed
 
 __all__ = [
     "QUANTIZE_MODES",

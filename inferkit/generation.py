@@ -22,7 +22,16 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a request ran under: read with the latency, or the latency says nothing."""
+    """What a request ran under: read with the latency, or the latency says nothing.
+
+    Attributes:
+        model: The name it was loaded under.
+        device: Its devices, by canonical names.
+        dtype: torch's name of the dtype.
+        quantization: "none", "int8", "nf4" or "fp4".
+        batching: The policy: "continuous", "static" or "off".
+        max_batch: Most requests that could run with it.
+    """
 
     model: str
     device: str
@@ -114,8 +123,14 @@ class Generation:
 class Generations(list[Generation]):
     """A list of generations that shows itself as a table."""
 
-    _HEADER = ("prompt", "text", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms")
-    _NOTE = "TTFT, TPOT and E2E as vllm bench serve defines them; queue: arrival to first step"
+    _HEADER = (
+        *("prompt", "text", "finish", "cached", "tokens"),
+        *("queue ms", "TTFT ms", "TPOT ms", "E2E ms"),
+    )
+    _NOTE = (
+        "TTFT, TPOT and E2E as vllm bench serve defines them; queue: arrival to first step; "
+        "cached: prompt tokens that an earlier request had computed"
+    )
 
     def summary(self, **options: Any) -> _latency.LatencySummary:
         """The latency of all of them together; options as for `inferkit.summarize`."""
@@ -138,6 +153,7 @@ def _row(gen: Generation) -> Sequence[object]:
         _cut(prompt, 32),
         text,
         gen.finish_reason,
+        gen.latency.trace.cached_tokens,
         len(gen.token_ids),
         *("-" if t is None else f"{1000 * t:.1f}" for t in times),
     )

@@ -1,4 +1,4 @@
-"""Small HTML tables for notebook output: theme-neutral, no script, no external file."""
+"""How results are shown: small tables, in theme-neutral HTML and in text; numbers and names."""
 
 from __future__ import annotations
 
@@ -81,3 +81,8 @@ def format_number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as messages give them: ``'a', 'b'``."""
+    return ", ".join(map(repr, names))

@@ -17,9 +17,11 @@ from typing import Any, Literal
 from inferkit.errors import UnsupportedModelError
 from inferkit.footprint import meta_model
 
-__all__ = ["LayerKV", "kv_geometry", "read_geometry"]
+__all__ = ["PREFILL_CHUNK", "LayerKV", "kv_geometry", "read_geometry"]
 
 Kind = Literal["full", "sliding", "chunked", "linear", "none"]
+PREFILL_CHUNK = 512
+"""Prompt tokens that one prefill step takes, where nobody says otherwise."""
 _STEP = 64  # capacities are multiples of this, so that few shapes exist
 
 
@@ -47,7 +49,7 @@ class LayerKV:
     state_bytes: int = 0
     indexer_dim: int = 0
 
-    def capacity(self, context: int, prefill_chunk: int = 512) -> int:
+    def capacity(self, context: int, prefill_chunk: int = PREFILL_CHUNK) -> int:
         """Token positions that the engine allocates per row.
 
         A full layer holds the context and one position to write to; a sliding or chunked one is a
@@ -60,7 +62,9 @@ class LayerKV:
             return full
         return min(_round_up(self.window - 1 + prefill_chunk), full)
 
-    def bytes(self, context: int, rows: int, itemsize: int, prefill_chunk: int = 512) -> int:
+    def bytes(
+        self, context: int, rows: int, itemsize: int, prefill_chunk: int = PREFILL_CHUNK
+    ) -> int:
         """Bytes that the engine allocates for ``rows`` rows of ``context`` tokens."""
         per_token = self.heads * (self.key_dim + self.value_dim) + self.indexer_dim
         tokens = self.capacity(context, prefill_chunk)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from inferkit.definitions import DEFINITIONS, PER_SECOND, Definitions, Distribution
-from inferkit.errors import OptionError, listed
-from inferkit.html import format_number, table, text_table
+from inferkit.errors import OptionError
+from inferkit.html import format_number, listed, table, text_table
 from inferkit.trace import NS, Latency
 
 if TYPE_CHECKING:
@@ -301,6 +301,11 @@ def _latencies(gens: Any) -> tuple[Latency, ...]:
         if not isinstance(latency, Latency):
             kind = type(item).__name__
             raise OptionError(f"item {index} ({kind!r}) has no latency to summarize; {hint}")
+        if getattr(item, "done", True) is False:
+            raise OptionError(
+                f"item {index} has not ended, and would count as if it had; wait for it with "
+                ".result(), or leave it out"
+            )
         found.append(latency)
     if not found:
         raise OptionError(f"nothing to summarize: no request was given; {hint}")

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 # as long as it lives, the same files are not read into another.
 _tokenizers: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
+FileStates = tuple[tuple[str, int, int], ...]
+
+
+def file_states(source: Source, endings: tuple[str, ...] = ("",)) -> FileStates:
+    """(name, size, modification time in ns) of a model's files: other ones, another model."""
+    stats = [(n, (source.path / n).stat()) for n in source.files if n.endswith(endings)]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -192,15 +200,14 @@ def _device_map(plan: MemoryPlan) -> dict[str, str]:
 def _read_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    files = (source.path / name for name in source.files if name.endswith(SIDE_FILES))
-    state = tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files)
+    key = (source.path, file_states(source, SIDE_FILES))
     try:
-        found = _tokenizers.get(state)
+        found = _tokenizers.get(key)
         if found is None:
             found = AutoTokenizer.from_pretrained(
                 source.path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            _tokenizers[state] = found
+            _tokenizers[key] = found
         return found
     except Exception as error:  # the tokenizers library raises plain Exception
         raise LoadError(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from inferkit.demand import Demand, DevicePlan
-from inferkit.devices import devices as attached_devices
-from inferkit.devices import free_memory, resolve_device, resolve_dtype
+from inferkit.devices import find_device, resolve_device, resolve_dtype
 from inferkit.errors import DoesNotFitError, OptionError
 from inferkit.footprint import QUANTIZE_MODES, WeightFormat, meta_model, weight_format
 from inferkit.html import format_bytes, table, text_table
-from inferkit.kv import LayerKV, kv_geometry, read_geometry
+from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
+from inferkit.sampling import unknown_option
 
 __all__ = [
     "DevicePlan",
     "LayerKV",
     "MemoryPlan",
+    "check_known",
+    "check_whole",
+    "checked_context",
     "context_limit",
     "kv_geometry",
     "plan",
@@ -26,6 +31,7 @@ __all__ = [
 ]
 
 _DEFAULT_CONTEXT = 4096
+_LEAST_CONTEXT = 2
 _MOST_CONTEXT = 1 << 20  # where the search stops for models without a maximum of their own
 _MOST_ROWS = 1 << 12  # where the search for a larger batch stops
 
@@ -98,7 +104,7 @@ class MemoryPlan:
 
     def explain(self) -> str:
         """Say in a sentence or two what is needed, what is free, and what to do about it."""
-        text = f"`{self.model}` needs {self._needs()}; {self._advice()}."
+        text = f"{self.model} needs {self._needs()}; {self._advice()}."
         return f"{text} {self.note}" if self.note else text
 
     def require(self) -> MemoryPlan:
@@ -110,6 +116,11 @@ class MemoryPlan:
         if not self.fits:
             raise DoesNotFitError(self.explain(), self)
         return self
+
+    def within(self, other: MemoryPlan) -> bool:
+        """Whether no device has to hold more than by another plan."""
+        before = {d.name: d.needed for d in other.devices}
+        return all(d.needed <= before.get(d.name, 0) for d in self.devices)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, sizes in bytes."""
@@ -185,10 +196,14 @@ def plan(
     dtype: Any = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     free: Mapping[str, int] | None = None,
+    **unknown: Any,
 ) -> MemoryPlan:
     """Plan the memory of a model from its config alone, before any weight is read.
+
+    What is free is what the devices say. On the CPU that counts the part of a loaded model's KV
+    cache that no request has used yet; :func:`inferkit.load` does not give that away twice.
 
     Args:
         ref_or_config: A hub id, local folder, ``.gguf`` file or ``"demo"``; or a transformers
@@ -203,20 +218,26 @@ def plan(
         trust_remote_code: Let the repository bring its own model code.
         prefill_chunk: Tokens that one prefill step takes.
         free: Free bytes by device name, in place of what the devices say.
+        unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:
         OptionError: An option is unknown or out of range.
-        DeviceError: A device is not attached.
+        DeviceError: A device is not attached, or does not answer.
         ModelNotFoundError: The reference leads to no model.
+        DamagedFileError: The config or the header of the GGUF file is broken.
+        LoadError: The config of a hub model could not be written to the hub's cache.
         UnsupportedModelError: The architecture cannot be served.
     """
+    check_known(unknown, plan)
     config: Any = ref_or_config
     name = None
-    if isinstance(ref_or_config, str) or hasattr(ref_or_config, "__fspath__"):
+    if isinstance(ref_or_config, str | os.PathLike):
         from inferkit import catalog
 
-        name = str(ref_or_config)
-        config = catalog.config(name, revision=revision, trust_remote_code=trust_remote_code)
+        name = os.fspath(ref_or_config)
+        config = catalog.config(
+            ref_or_config, revision=revision, trust_remote_code=trust_remote_code
+        )
     names = resolve_device(device)
     return plan_config(
         config,
@@ -242,24 +263,28 @@ def plan_config(
     dtype: str,
     model: str | None = None,
     free: Mapping[str, int] | None = None,
-    prefill_chunk: int = 512,
+    adjust: Mapping[str, int] | None = None,
+    device_map: Mapping[str, str] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """:func:`plan` for a config, with device names and dtype already resolved.
 
-    Devices named in ``free`` need not be attached; their memory is taken to be what is free.
+    Devices named in ``free`` need not be attached; their memory is taken to be what is free. To
+    what the others say is free, ``adjust`` adds what will be free by then, less what is promised.
+    A ``device_map`` says where the modules are, of a model that is loaded.
     """
     asked, note = weight_format(config, quantize)
-    limit = context_limit(config)
-    context = _checked_context(context, limit)
-    _check_positive("max_batch", max_batch)
-    _check_positive("prefill_chunk", prefill_chunk)
+    context = checked_context(config, context)
+    check_whole("max_batch", max_batch)
+    check_whole("prefill_chunk", prefill_chunk)
     meta = meta_model(config, dtype, trust_remote_code)
     geometry = read_geometry(meta)
-    memory = _memory(devices, free or {})
+    memory = _memory(devices, free or {}, adjust or {})
 
     def demand(form: WeightFormat) -> Demand:
-        return Demand.of(meta, geometry, form, memory, prefill_chunk)
+        placed = device_map if form.mode == asked.mode else None
+        return Demand.of(meta, geometry, form, memory, prefill_chunk, placed)
 
     modes = QUANTIZE_MODES if asked == WeightFormat(asked.mode) else (asked.mode,)
     demands = {m: demand(asked if m == asked.mode else WeightFormat(m)) for m in modes}
@@ -275,7 +300,7 @@ def plan_config(
         max_batch=max_batch,
         devices=plans[asked.mode],
         device_map=chosen.device_map,
-        max_context=_largest(limit or _MOST_CONTEXT, lambda c: chosen.fits(c, max_batch)),
+        max_context=_longest(chosen, max_batch, context_limit(config) or _MOST_CONTEXT),
         batch_by_mode={mode: _most_rows(needed, context) for mode, needed in demands.items()},
         totals=totals,
         alternatives={
@@ -304,13 +329,17 @@ def _against(needed: int, where: str, free: int) -> str:
     return f"{format_bytes(needed, digits)} on {where} and {format_bytes(free, digits)} are free"
 
 
-def _memory(names: Sequence[str], free: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def _memory(
+    names: Sequence[str], free: Mapping[str, int], adjust: Mapping[str, int]
+) -> dict[str, tuple[int, int]]:
     """Total and free bytes of each device; those named in ``free`` need not be attached."""
-    known = {} if set(names) <= set(free) else {d.name: d for d in attached_devices()}
     memory = {}
     for name in names:
-        left = free[name] if name in free else free_memory(name)
-        memory[name] = (known[name].total if name in known else left, left)
+        if name in free:
+            memory[name] = (free[name], free[name])
+        else:
+            device = find_device(name)
+            memory[name] = (device.total, max(0, device.free + adjust.get(name, 0)))
     return memory
 
 
@@ -319,10 +348,12 @@ def stored_dtype(config: Any) -> str | None:
     return None if stored is None else str(stored).removeprefix("torch.")
 
 
-def _checked_context(context: int | None, limit: int | None) -> int:
+def checked_context(config: Any, context: int | None) -> int:
+    """The context to run at: the one asked for, which must make sense, or the default."""
+    limit = context_limit(config)
     if context is None:
         return min(_DEFAULT_CONTEXT, limit or _DEFAULT_CONTEXT)
-    _check_positive("context", context)
+    check_whole("context", context, _LEAST_CONTEXT, "a prompt token and a token that follows")
     if limit is not None and context > limit:
         raise OptionError(
             f"context={context} is more than the {limit} tokens that the model was made for; "
@@ -331,9 +362,24 @@ def _checked_context(context: int | None, limit: int | None) -> int:
     return context
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{name}={value!r} must be a whole number of at least 1.")
+def check_whole(name: str, value: Any, least: int = 1, why: str = "") -> None:
+    """Raise OptionError unless an option is a whole number that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        reason = f": {why}" if why else ""
+        raise OptionError(f"{name}={value!r} must be a whole number of at least {least}{reason}.")
+
+
+def check_known(unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raise OptionError if there is an unknown option, naming the nearest one of ``function``."""
+    for name in unknown:
+        parameters = inspect.signature(function).parameters.values()
+        known = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+        raise OptionError(unknown_option(name, known))
+
+
+def _longest(needed: Demand, rows: int, limit: int) -> int:
+    longest = _largest(limit, lambda context: needed.fits(context, rows))
+    return longest if longest >= _LEAST_CONTEXT else 0
 
 
 def _most_rows(needed: Demand, context: int) -> int:

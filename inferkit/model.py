@@ -10,12 +10,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 from inferkit import memory
 from inferkit.catalog import Source
-from inferkit.devices import free_memory
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
@@ -49,7 +48,13 @@ class Model:
         plan: The memory plan that it runs by.
     """
 
-    def __init__(self, source: Source, plan: MemoryPlan, resident: Resident) -> None:
+    def __init__(
+        self,
+        source: Source,
+        plan: MemoryPlan,
+        resident: Resident,
+        promised: Callable[[Model], int],
+    ) -> None:
         identity = resident.identity
         self.name = resident.name
         self.ref = source.ref
@@ -62,6 +67,7 @@ class Model:
         self.plan = plan
         self._identity = identity
         self._resident: Resident | None = resident
+        self._promised = promised
         self._gone = f"was unloaded; ik.load({self.ref!r}) loads it again."
         self._ends = threading.Lock()
         self._last: Generation | Generations | Request | None = None
@@ -219,6 +225,7 @@ class Model:
         batching: Batching | None = None,
         max_batch: int | None = None,
         context: int | None = None,
+        **unknown: Any,
     ) -> Model:
         """Change how requests are batched; what is not given stays.
 
@@ -226,9 +233,16 @@ class Model:
         needs a new KV cache: requests that run finish first, then those that wait go on.
 
         Raises:
-            OptionError: An unknown policy, a batch below 1, or a context the model does not have.
+            OptionError: An unknown option or policy, a batch below 1, or a context that the model
+                does not have.
             DoesNotFitError: The larger KV cache does not fit; nothing has changed.
+            OutOfMemoryError: It could not be allocated all the same; nothing has changed.
+            GenerationError: The engine has stopped (for one, as even the old cache could not be had
+                again), or this is its own thread.
+            ModelUnloadedError: The model was unloaded, before or while this waited.
+            ForkedProcessError: This process is a fork of the one that loaded the model.
         """
+        memory.check_known(unknown, self.configure)
         return self._configure(batching, max_batch, context)
 
     def _configure(
@@ -247,7 +261,7 @@ class Model:
         check_batching(policy, rows)
         if (rows, length) != (engine.max_batch, engine.context):
             plan = self._plan_at(rows, length)
-            if not force:
+            if not (force or plan.within(self.plan)):
                 plan.require()
             engine.resize(rows, length)
             self.plan = plan
@@ -364,7 +378,7 @@ class Model:
             self._last = request
 
     def _plan_at(self, max_batch: int, context: int) -> MemoryPlan:
-        """The plan at another batch and context; the memory of the present one counts as free."""
+        """The plan at another batch and context, in place of the present one."""
         identity = self._identity
         return memory.plan_config(
             self._parts.loaded.module.config,
@@ -374,19 +388,24 @@ class Model:
             devices=identity.devices,
             dtype=identity.dtype,
             model=self.ref,
-            free=self._free_without(),
+            adjust=self._gain(),
+            device_map=self.plan.device_map,
             prefill_chunk=identity.prefill_chunk,
             trust_remote_code=identity.trust_remote_code,
         )
 
-    def _free_without(self) -> dict[str, int]:
-        """Free memory per device if this model were gone."""
-        free = {}
+    def _gain(self) -> dict[str, int]:
+        """What could be allocated per device, beside what is free now, if this model were gone.
+
+        Less what other models on the CPU were promised. Of the KV cache there, pages that no
+        request has used are free already, and which ones were used nobody counts, so that none
+        count here: a larger cache may be refused that would just fit, one no larger never is.
+        """
+        gain = {"cpu": -self._promised(self)}
         for device in self.plan.devices:
-            # On the CPU, pages of the cache that no request has used are free already.
             cache = 0 if device.name == "cpu" else device.kv_cache
-            free[device.name] = free_memory(device.name) + device.weights + cache
-        return free
+            gain[device.name] = gain.get(device.name, 0) + device.weights + cache
+        return gain
 
     def __enter__(self) -> Model:
         return self

@@ -6,7 +6,6 @@ Running the same `load` again gives the same model; see there for what changes i
 from __future__ import annotations
 
 import atexit
-import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +20,11 @@ from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
 from inferkit.footprint import check_mode
 from inferkit.html import format_bytes, table, text_table
+from inferkit.kv import PREFILL_CHUNK
+from inferkit.loading import file_states
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
 from inferkit.resident import Identity, take_in
-from inferkit.sampling import unknown_option
-
-# A wait that is cut into pieces can be interrupted on every platform.
-_TICK = 0.25
 
 _table: dict[str, Model] = {}
 _loads = threading.RLock()
@@ -84,15 +81,16 @@ def load(
     trust_remote_code: bool = False,
     force: bool = False,
     prefix_reuse: bool = True,
-    prefill_chunk: int = 512,
+    prefill_chunk: int = PREFILL_CHUNK,
     progress: bool = True,
     **unknown: Any,
 ) -> Model:
     """Load a model, or return it where it is loaded already.
 
     Running the same call again gives the model that is loaded. The same name with another
-    ``batching``, ``max_batch`` or ``context`` changes it in place; with anything else other, the
-    new model takes the old one's place (the old one goes first only where both do not fit).
+    ``batching``, ``max_batch`` or ``context`` changes it in place; with anything else other, or
+    with files that were written again, the new model takes the old one's place (the old one goes
+    first only where both do not fit).
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
@@ -104,7 +102,8 @@ def load(
         context: Most tokens of prompt and output together; None for 4096, or the model's maximum
             where that is less.
         revision: Branch, tag or commit of a hub model.
-        name: What to call it; the end of the reference where None.
+        name: What to call it. None is the end of the reference; or all of the reference, where
+            another model is loaded under that end.
         trust_remote_code: Run the model code that the repository brings. Off unless asked for.
         force: Load although the memory plan says that it does not fit.
         prefix_reuse: Reuse the KV cache of a prompt prefix that an earlier request had.
@@ -114,24 +113,28 @@ def load(
 
     Raises:
         OptionError, DeviceError, ModelNotFoundError, DamagedFileError, UnsupportedModelError:
-            Before anything is read.
+            Before a weight is read, as far as it can be known then.
         DoesNotFitError: The plan says no, before a weight is read.
         LoadError: Loading failed half way; what was read is released.
+        ForkedProcessError: This process is a fork of one that had loaded a model.
+        OutOfMemoryError, GenerationError, ModelUnloadedError: A model that is loaded could not be
+            changed in place: see `Model.configure`.
     """
-    if unknown:
-        raise OptionError(unknown_option(next(iter(unknown)), _options()))
+    memory.check_known(unknown, load)
     check_batching(batching, max_batch)
     check_mode(quantize)
-    _check_chunk(prefill_chunk)
+    memory.check_whole("prefill_chunk", prefill_chunk)
+    _check_name(name)
     _refuse_fork()
     devices = tuple(resolve_device(device))
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
-    name = _checked_name(name, ref)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)
+        name = name or _default_name(source)
         identity = Identity(
             path=source.path,
+            files=file_states(source),
             revision=source.revision,
             devices=devices,
             dtype=resolved,
@@ -142,10 +145,10 @@ def load(
         )
         old = _table.get(name)
         if old is not None and old.loaded and not old._engine.closed and old._identity == identity:
-            wanted = _default_context(config) if context is None else context
+            wanted = memory.checked_context(config, context)
             return old._configure(batching, max_batch, wanted, force=force)
 
-        def plan(free: Mapping[str, int] | None = None) -> MemoryPlan:
+        def plan(adjust: Mapping[str, int]) -> MemoryPlan:
             return memory.plan_config(
                 config,
                 quantize=quantize,
@@ -153,15 +156,15 @@ def load(
                 max_batch=max_batch,
                 devices=devices,
                 dtype=resolved,
-                model=str(ref),
-                free=free,
+                model=source.ref,
+                adjust=adjust,
                 prefill_chunk=prefill_chunk,
                 trust_remote_code=trust_remote_code,
             )
 
         planned = _make_room(plan, old, force)
         resident = take_in(name, source, planned, identity, batching=batching, progress=progress)
-        model = Model(source, planned, resident)
+        model = Model(source, planned, resident, _promised)
         _table.pop(name, None)  # so that the table is in the order of loading
         _table[name] = model
         if old is not None:
@@ -175,15 +178,10 @@ _REPLACED = (
 )
 
 
-def _options() -> list[str]:
-    parameters = inspect.signature(load).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-
-
 @contextmanager
 def _one_load_at_a_time() -> Iterator[None]:
-    while not _loads.acquire(timeout=_TICK):
-        pass
+    while not _loads.acquire(timeout=0.25):
+        pass  # Windows delivers an interrupt only between waits
     try:
         yield
     finally:
@@ -191,36 +189,56 @@ def _one_load_at_a_time() -> Iterator[None]:
 
 
 def _make_room(
-    plan: Callable[[Mapping[str, int] | None], MemoryPlan], old: Model | None, force: bool
+    plan: Callable[[Mapping[str, int]], MemoryPlan], old: Model | None, force: bool
 ) -> MemoryPlan:
     """The plan to load by; unloads the model to be replaced where both do not fit together."""
-    planned = plan(None)
-    if planned.fits or force:
+    planned = plan({"cpu": -_promised()})
+    if planned.fits:
         return planned
     if old is None or not old.loaded:
-        return planned.require()
-    planned = plan(old._free_without()).require()
+        return planned if force else planned.require()
+    planned = plan(old._gain())
+    if not (force or planned.within(old.plan)):
+        planned.require()
     old._retire(_REPLACED)
     return planned
 
 
-def _default_context(config: Any) -> int:
-    return min(4096, memory.context_limit(config) or 4096)
+def _promised(but: Model | None = None) -> int:
+    """Bytes of the KV caches of the models on the CPU, of all ``but`` one.
+
+    The system counts their pages as free until a request first writes to them. Which ones that
+    happened to is not known, so that all count: an upper bound.
+    """
+    plans = [m.plan for m in models() if m is not but]
+    return sum(d.kv_cache for p in plans for d in p.devices if d.name == "cpu")
 
 
-def _checked_name(name: str | None, ref: catalog.Ref) -> str:
-    if name is None:
-        # "." and the like have no last part of their own.
-        return Path(ref).name.strip(".") or Path(ref).absolute().resolve().name
-    if not isinstance(name, str) or not name.strip():
+def _check_name(name: Any) -> None:
+    if name is not None and (not isinstance(name, str) or not name.strip()):
         raise OptionError(f"name={name!r}: give a word to call the model by.")
-    return name
 
 
-def _check_chunk(prefill_chunk: Any) -> None:
-    whole = isinstance(prefill_chunk, int) and not isinstance(prefill_chunk, bool)
-    if not whole or prefill_chunk < 1:
-        raise OptionError(f"prefill_chunk={prefill_chunk!r}: give a number of tokens, 1 or more.")
+def _default_name(source: catalog.Source) -> str:
+    """The name it is loaded under already, or the shortest that no other model has."""
+    names = _default_names(source.ref, source.path)
+    loaded = models()
+    for model in loaded:
+        if _same_model(model, source) and model.name in _default_names(model.ref, model.path):
+            return model.name
+    taken = {model.name for model in loaded}
+    return next((name for name in names if name not in taken), names[-1])
+
+
+def _default_names(ref: str, path: Path) -> tuple[str, ...]:
+    # "." and the like have no last part of their own.
+    return Path(ref).name.strip(".") or Path(ref).absolute().resolve().name, ref, str(path)
+
+
+def _same_model(model: Model, source: catalog.Source) -> bool:
+    """Whether a model is of this reference, if perhaps of another revision."""
+    # A relative path may lead elsewhere since the working directory changed.
+    return model.path == source.path or (model.ref == source.ref and source.kind != "folder")
 
 
 def _refuse_fork() -> None:

@@ -14,7 +14,7 @@ from inferkit.engine.scheduler import Batching
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import make_runner
 from inferkit.generation import Settings
-from inferkit.loading import Loaded, failure, load_files, release
+from inferkit.loading import FileStates, Loaded, failure, load_files, release
 from inferkit.memory import MemoryPlan
 from inferkit.sampling import SamplingParams
 
@@ -24,6 +24,7 @@ class Identity:
     """What two loads must share for the second to need no new weights."""
 
     path: Path
+    files: FileStates
     revision: str | None
     devices: tuple[str, ...]
     dtype: str

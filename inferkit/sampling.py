@@ -163,7 +163,13 @@ def _checked_number(
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the token chosen, and of the likeliest ones."""
+    """Log-probabilities (natural logarithm) at one position, before temperature and filters.
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its log-probability.
+        top: (token id, log-probability) of the likeliest ones, the likeliest first.
+    """
 
     token_id: int
     logprob: float

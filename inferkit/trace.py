@@ -175,12 +175,14 @@ class Latency:
     def _repr_html_(self) -> str:
         cells = [_ms(getattr(self, name), unit="") for name in _SHOWN]
         speed = format_number(self.tokens_per_second)
+        counts = (self.prompt_tokens, self.trace.cached_tokens, self.output_tokens)
         return table(
-            ("queue ms", "TTFT ms", "TPOT ms", "E2E ms", "prompt", "output", "tokens/s"),
-            [(*cells, self.prompt_tokens, self.output_tokens, speed)],
+            ("queue ms", "TTFT ms", "TPOT ms", "E2E ms", "prompt", "cached", "output", "tokens/s"),
+            [(*cells, *counts, speed)],
             note="vLLM definitions (vllm bench serve): TTFT = first token - arrival; TPOT = "
             "(E2E - TTFT) / (output tokens - 1); E2E = last token - arrival. "
-            "Queue = arrival to first scheduled step.",
+            "Queue = arrival to first scheduled step. Cached: prompt tokens that an earlier "
+            "request had computed.",
         )
 
 

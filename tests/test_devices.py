@@ -78,7 +78,7 @@ def test_a_limited_container_lowers_what_the_cpu_offers(monkeypatch):
     monkeypatch.setattr(dev, "_cgroup_limits", lambda: [(2 << 30, 1 << 30), (3 << 30, 1 << 28)])
     cpu = dev.devices()[-1]
     assert (cpu.total, cpu.free) == (2 << 30, 1 << 28)
-    assert dev.free_memory("cpu") == 1 << 28
+    assert dev.find_device("cpu").free == 1 << 28
 
 
 def test_no_cgroup_files_mean_no_limit(tmp_path):
@@ -138,7 +138,54 @@ def test_a_device_that_is_not_attached_is_refused_with_those_that_are(monkeypatc
     with pytest.raises(DeviceError, match=r"cuda:7 is not attached.*attached: cpu"):
         dev.resolve_device("cuda:7")
     with pytest.raises(DeviceError, match="mps is not attached"):
-        dev.free_memory("mps")
+        dev.find_device("mps")
+
+
+GPU_MEMORY = (6000, 10000)
+
+
+def _pretend_memory(monkeypatch, *, refuses: int | None = None, kept=0, used=0) -> list[int]:
+    """Two GPUs, of which one may refuse to answer; returns the list of those that were asked."""
+    import torch
+
+    _pretend(monkeypatch, [(9, 0)] * 2)
+    asked: list[int] = []
+
+    def mem_get_info(index: int) -> tuple[int, int]:
+        asked.append(index)
+        if index == refuses:
+            raise torch.AcceleratorError("CUDA error: all devices are busy\nFor debugging ...")
+        return GPU_MEMORY
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: kept)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda index: used)
+    return asked
+
+
+def test_only_the_device_in_question_is_asked_for_its_memory(monkeypatch):
+    asked = _pretend_memory(monkeypatch, refuses=0)
+    assert dev.find_device("cpu").name == "cpu"
+    assert asked == []
+    assert dev.find_device("cuda:1").total == GPU_MEMORY[1]
+    assert asked == [1]
+
+
+def test_what_torch_keeps_unused_on_a_gpu_counts_as_free(monkeypatch):
+    _pretend_memory(monkeypatch, kept=900, used=200)
+    found = dev.find_device("cuda:0")
+    assert (found.free, found.total) == (GPU_MEMORY[0] + 700, GPU_MEMORY[1])
+
+
+def test_a_gpu_that_does_not_answer_is_told_and_listed_without_memory(monkeypatch):
+    _pretend_memory(monkeypatch, refuses=1)
+    with pytest.raises(DeviceError, match=r"cuda:1 does not answer \(CUDA error: all .* busy\)\."):
+        dev.find_device("cuda:1")
+    first, second, cpu = dev.devices()
+    assert (first.name, first.free, cpu.name) == ("cuda:0", GPU_MEMORY[0], "cpu")
+    assert (second.name, second.kind, second.total, second.free) == ("cuda:1", "cuda", 0, 0)
+    assert "all devices are busy" in second.description
 
 
 @pytest.mark.parametrize(

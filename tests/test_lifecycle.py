@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 import transformers
@@ -24,6 +25,7 @@ from held import held, interrupt, interrupt_after, wait_until
 
 import inferkit as ik
 from inferkit import resident
+from inferkit.devices import Device
 
 SIX = {"max_tokens": 6, "ignore_eos": True}
 LONG = {"max_tokens": 200, "ignore_eos": True}
@@ -101,6 +103,22 @@ def test_other_batching_batch_and_context_change_it_in_place(
     assert len(reads) == 1
 
 
+def test_a_folder_that_was_saved_again_is_read_again(broken: Path, reads: list[str]) -> None:
+    old = ik.load(broken, **OPTIONS)
+    before = old.generate("Once", **SIX).token_ids
+    assert ik.load(broken, **OPTIONS) is old
+    architectures.save("llama", broken, seed=1)
+    new = ik.load(broken, **OPTIONS)
+    after = new.generate("Once", **SIX).token_ids
+    assert after != before
+    assert not old.loaded
+    assert ik.load(broken, **OPTIONS) is new
+    assert len(reads) == 2
+    new.unload()
+    with ik.load(broken, **OPTIONS) as model:
+        assert model.generate("Once", **SIX).token_ids == after
+
+
 def test_requests_that_run_finish_before_the_cache_changes(folder: Path) -> None:
     with ik.load(folder, **OPTIONS) as model:
         alone = model.generate("Once", max_tokens=30, ignore_eos=True)
@@ -130,6 +148,7 @@ def test_configure_says_what_it_cannot_do_and_changes_nothing(folder: Path) -> N
             {"max_batch": 0},
             {"max_batch": 2.5},
             {"context": 0},
+            {"context": 1},
             {"context": 10**6},
         ):
             with pytest.raises(ik.OptionError, match=str(next(iter(wrong.values())))):
@@ -139,6 +158,39 @@ def test_configure_says_what_it_cannot_do_and_changes_nothing(folder: Path) -> N
         assert (model.batching, model.max_batch, model.context) == ("continuous", 4, 256)
         assert (model.plan.max_batch, model.plan.context) == (4, 256)
         assert model.generate("Once", **SIX).finish_reason == "length"
+
+
+def test_an_unknown_change_is_told_with_the_nearest_one(folder: Path) -> None:
+    with ik.load(folder, **OPTIONS) as model:
+        with pytest.raises(ik.OptionError, match=r"'max_bach'; did you mean 'max_batch'\?") as told:
+            model.configure(max_bach=2)
+        assert "The options are: batching, context, max_batch." in str(told.value)
+        assert model.max_batch == 4
+
+
+def test_the_smallest_context_holds_a_token_of_prompt_and_one_of_output(folder: Path) -> None:
+    with pytest.raises(ik.OptionError, match=r"context=1 .*at least 2"):
+        ik.load(folder, **{**OPTIONS, "context": 1})
+    with ik.load(folder, **{**OPTIONS, "context": 2}) as model:
+        gen = model.generate([5], **LONG)
+        assert (gen.finish_reason, len(gen.token_ids)) == ("length", 1)
+
+
+def test_a_smaller_cache_is_never_refused(folder: Path, memory_for: Callable[[int], None]) -> None:
+    with ik.load(folder, **OPTIONS) as model:
+        memory_for(model.plan.weights + 1)  # another program took what the cache did not use yet
+        model.configure(max_batch=3)
+        model.configure(context=128)
+        assert (model.max_batch, model.context) == (3, 128)
+        assert not model.plan.fits
+        with pytest.raises(ik.DoesNotFitError):
+            model.configure(max_batch=4)
+        assert ik.load(folder, **{**OPTIONS, "max_batch": 2, "context": 64}) is model
+        smaller = ik.load(folder, **{**OPTIONS, "max_batch": 2, "context": 64}, prefill_chunk=64)
+        assert ik.models() == [smaller]
+        with pytest.raises(ik.DoesNotFitError):
+            ik.load(folder, **OPTIONS)
+        smaller.unload()
 
 
 def test_a_cache_that_cannot_be_allocated_leaves_the_old_one(
@@ -224,11 +276,11 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Pretend that the CPU has so many bytes, of which loaded models take their weights."""
 
     def pretend(total: int) -> None:
-        def free(name: str) -> int:
-            return total - sum(m.plan.weights for m in ik.models())
+        def find_device(name: str) -> Device:
+            free = total - sum(m.plan.weights for m in ik.models())
+            return Device(name, name, "a CPU with little memory", total, free, False)
 
-        monkeypatch.setattr("inferkit.memory.free_memory", free)
-        monkeypatch.setattr("inferkit.model.free_memory", free)
+        monkeypatch.setattr("inferkit.memory.find_device", find_device)
 
     return pretend
 
@@ -242,6 +294,33 @@ def test_the_old_model_goes_first_where_both_do_not_fit(
     with ik.load(folder, **OPTIONS, prefill_chunk=256) as new:
         assert ik.models() == [new]
     assert reads == ["none float32 beside []"] * 2
+
+
+def test_force_replaces_the_old_model_before_it_loads_where_both_do_not_fit(
+    folder: Path, reads: list[str], memory_for: Callable[[int], None]
+) -> None:
+    memory_for(ik.plan(folder, **OPTIONS).weights)
+    ik.load(folder, **OPTIONS, force=True)
+    with ik.load(folder, **OPTIONS, prefill_chunk=256, force=True) as new:
+        assert ik.models() == [new]
+    assert reads == ["none float32 beside []"] * 2
+
+
+def test_memory_that_another_models_cache_has_not_used_yet_is_not_given_away(
+    folder: Path, memory_for: Callable[[int], None]
+) -> None:
+    need = ik.plan(folder, **OPTIONS)
+    memory_for(need.total + need.weights + need.kv_cache - 1)
+    with ik.load(folder, **OPTIONS, name="one") as one:
+        with pytest.raises(ik.DoesNotFitError):
+            ik.load(folder, **OPTIONS, name="two")
+        with ik.load(folder, **{**OPTIONS, "max_batch": 3}, name="two") as two:
+            one.configure(max_batch=3)
+            two.configure(max_batch=4)
+            with pytest.raises(ik.DoesNotFitError):
+                one.configure(max_batch=5)
+            two.unload()
+            one.configure(max_batch=5)
 
 
 def test_what_cannot_fit_is_refused_before_a_weight_is_read(
@@ -378,6 +457,46 @@ def test_names_keep_copies_of_one_model_apart(folder: Path) -> None:
             ("full", "float32"),
             ("half", "bfloat16"),
         ]
+
+
+@pytest.fixture
+def finals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder holds two models, a/final and b/final."""
+    for parent in "ab":
+        shutil.copytree(folder, tmp_path / parent / "final")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_models_whose_references_end_alike_stand_side_by_side(finals: None) -> None:
+    with ik.load("./a/final", **OPTIONS) as one, ik.load("./b/final", **OPTIONS) as two:
+        assert [m.name for m in ik.models()] == ["final", "./b/final"]
+        assert ik.load("./a/final", **OPTIONS) is one
+        for same in ("./b/final", "b/final", Path("b", "final").absolute()):
+            assert ik.load(same, **OPTIONS) is two
+        one.unload()
+        assert ik.load("./b/final", **OPTIONS) is two
+        other = ik.load("./b/final", **{**OPTIONS, "dtype": "bfloat16"})
+        assert ik.models() == [other]
+        assert not two.loaded
+        other.unload()
+
+
+def test_a_name_that_is_given_replaces_whatever_has_it(finals: None) -> None:
+    one = ik.load("./a/final", **OPTIONS)
+    with ik.load("./b/final", **OPTIONS, name="final") as two:
+        assert ik.models() == [two]
+        assert not one.loaded
+
+
+def test_a_reference_that_is_no_longer_than_its_end_replaces_no_other_model(
+    finals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ik.load("./a/final", **OPTIONS) as one:
+        monkeypatch.chdir("b")
+        with ik.load("final", **OPTIONS) as two:
+            assert ik.models() == [one, two]
+            assert two.name == str(Path("final").absolute())
+            assert ik.load("final", **OPTIONS) is two
 
 
 def test_a_folder_given_as_a_dot_is_called_by_its_name(

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from inferkit.demand import Demand
+from inferkit.devices import find_device
+from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.errors import DeviceError, DoesNotFitError, OptionError, UnsupportedModelError
 from inferkit.footprint import WeightFormat, meta_model, weight_bytes
 from inferkit.kv import LayerKV, kv_geometry, read_geometry
@@ -448,6 +450,26 @@ def test_activations_bound_the_measured_peak_of_a_prefill_step(arch):
     assert made.activations < 12 * watch.peak
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss"])
+def test_activations_bound_the_measured_peak_of_the_engines_own_attention(arch, dtype):
+    """Caps (Gemma 2) and sinks (GPT-OSS) keep it from the fused kernels."""
+    chunk, context = 128, 4000
+    model, _ = build(arch)
+    model = model.to(dtype)
+    name = str(dtype).removeprefix("torch.")
+    geometry = kv_geometry(model.config, name)
+    runner = SlottedRunner(model, geometry, slots=1, context=context, prefill_chunk=chunk)
+    tokens = torch.randint(3, 384, (chunk,)).tolist()
+    runner.prefill([Chunk(0, tokens, 0)])
+    with LiveBytes([*model.parameters(), *model.buffers()]) as watch:
+        runner.prefill([Chunk(0, tokens, context - chunk)])
+    settings = {"context": context, "max_batch": 1, "prefill_chunk": chunk, "dtype": name}
+    made = planned(model.config, **settings)
+    assert watch.peak <= made.activations
+    assert made.activations < 4 * watch.peak
+
+
 def test_larger_steps_and_contexts_need_more_memory():
     base = planned(llama_70b())
     assert planned(llama_70b(), prefill_chunk=1024).activations > base.activations
@@ -518,7 +540,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_numbers_and_the_mode_that
         made.require()
     assert error.value.plan is made
     text = str(error.value)
-    assert text.startswith("`Qwen/Qwen3-8B` needs 15.")
+    assert text.startswith("Qwen/Qwen3-8B needs 15.")
     assert "GiB on cuda:0 and 11.2 GiB are free; quantize='int8' needs" in text
     nf4 = planned(config, quantize="nf4", max_batch=1, free=free)
     assert nf4.fits
@@ -577,6 +599,31 @@ def test_one_full_device_is_enough_not_to_fit():
     assert sum(d.fits for d in tight.devices) == 0
 
 
+def test_modules_that_are_placed_already_stay_where_they_are():
+    even = {"cuda:0": 200 * GIB, "cuda:1": 200 * GIB}
+    before = planned(llama_70b(), free=even)
+    uneven = {"cuda:0": 250 * GIB, "cuda:1": 100 * GIB}
+    assert planned(llama_70b(), free=uneven).device_map != before.device_map
+    after = planned(llama_70b(), free=uneven, context=64, device_map=before.device_map)
+    assert after.device_map == before.device_map
+    assert [d.weights for d in after.devices] == [d.weights for d in before.devices]
+    assert after.within(before)
+    assert not before.within(after)
+
+
+def test_what_will_be_free_and_what_is_promised_change_what_a_device_says():
+    def free(**adjust):
+        settings = {"quantize": "none", "context": 64, "max_batch": 1, "dtype": "float32"}
+        names = list(adjust) or ["cpu"]
+        made = plan_config(CONFIGS["llama"](), devices=names, adjust=adjust, **settings)
+        assert made.devices[0].total == free_now.total
+        return made.devices[0].free
+
+    free_now = find_device("cpu")
+    assert free(cpu=-(1 << 60)) == 0
+    assert free(cpu=1 << 40) - free_now.free == pytest.approx(1 << 40, rel=0.01)
+
+
 def test_planning_leaves_the_config_as_it_was():
     config = CONFIGS["mixtral"]()
     config.quantization_config = {"quant_method": "gptq"}
@@ -592,6 +639,7 @@ def test_planning_leaves_the_config_as_it_was():
         ({"quantize": "int3"}, r"quantize='int3'.*'none', 'int8', 'nf4', 'fp4'"),
         ({"context": 5000}, r"context=5000.*4096"),
         ({"context": 0}, r"context=0"),
+        ({"context": 1}, r"context=1 .*at least 2: a prompt token and a token that follows"),
         ({"context": 1.5}, r"context=1.5"),
         ({"max_batch": 0}, r"max_batch=0"),
         ({"max_batch": True}, r"max_batch=True"),
@@ -621,6 +669,30 @@ def test_plan_reads_the_config_of_a_local_folder(tmp_path):
     assert made.weights == planned(CONFIGS["qwen3"]()).weights
 
 
+def test_a_path_is_a_path_where_the_same_word_is_a_model(tmp_path, monkeypatch):
+    model, _ = build("gpt2")
+    model.save_pretrained(tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    made = plan(Path("demo"), device="cpu")
+    assert (made.architecture, made.model) == ("GPT2LMHeadModel", "demo")
+
+
+def test_an_option_that_does_not_exist_is_told_with_the_nearest():
+    with pytest.raises(OptionError, match=r"Unknown option 'contxt'; did you mean 'context'\?"):
+        plan(CONFIGS["llama"](), contxt=8)
+
+
+def test_a_plan_for_the_cpu_asks_no_gpu(monkeypatch):
+    def busy(index):
+        raise torch.AcceleratorError("CUDA error: all devices are busy")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    assert plan(CONFIGS["llama"](), device="cpu", dtype="float32").fits
+    with pytest.raises(DeviceError, match="cuda:0 does not answer"):
+        plan(CONFIGS["llama"](), device="cuda", dtype="float32")
+
+
 def test_plan_refuses_devices_that_are_not_attached():
     with pytest.raises(DeviceError, match="cuda:63"):
         plan(CONFIGS["llama"](), device="cuda:63")
@@ -630,6 +702,7 @@ def test_a_plan_reads_as_text_html_and_json():
     made = planned(CONFIGS["llama"](), free={"cuda:0": GIB, "cpu": GIB})
     assert "MiB" in repr(made)
     assert made.explain() in repr(made)
+    assert "`" not in repr(made) + made._repr_html_()
     assert made._repr_html_().count("<tr>") == 3
     data = json.loads(json.dumps(made.to_dict()))
     assert data["total"] == sum(d["needed"] for d in data["devices"]) == made.total

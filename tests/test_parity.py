@@ -284,7 +284,7 @@ REASONS = {
     "bloom": "BloomForCausalLM has an attention of its own",
     "falcon": "FalconForCausalLM has an attention of its own",
     "qwen3_next": "Qwen3NextForCausalLM keeps a recurrent state",
-    "gemma3n": "Gemma3nForCausalLM has layers that read the KV cache of other layers",
+    "gemma3n": "Gemma3nForCausalLM has layers without a KV cache of their own",
     "phi3_long": "Phi3ForCausalLM changes its rotary positions for all rows",
     "llama4_tuned": "Llama4ForCausalLM computes with one length for all rows",
 }

@@ -83,6 +83,8 @@ class SlotCache:
             )
             for g, d in zip(geometry, devices, strict=True)
         ]
+        # What `swap` moves rows through: it must not need memory when there is none.
+        self._spare = _spare_rows(self._layers) if slots > 1 else {}
         # No model may depend on the length it asks for, for every row has its own: see serving.py.
         self.told_length = 0
         self.asked_length = False
@@ -178,9 +180,11 @@ class SlotCache:
         for layer in self._layers:
             n = min(length, layer.capacity)
             for store in (layer.keys, layer.values):
-                kept = store[a, :, :n].clone()
-                store[a, :, :n] = store[b, :, :n]
-                store[b, :, :n] = kept
+                one, other = store[a, :, :n], store[b, :, :n]
+                spare = self._spare[store.device][: one.numel()].view(one.shape)
+                spare.copy_(one)
+                one.copy_(other)
+                other.copy_(spare)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of one slot to another (see `reusable`)."""
@@ -212,8 +216,18 @@ class SlotCache:
     def release(self) -> None:
         """Give the memory back, although somebody may still hold this object."""
         self._layers.clear()
+        self._spare.clear()
         self._view = None
         self._index.clear()
+
+
+def _spare_rows(layers: Sequence[_Layer]) -> dict[torch.device, torch.Tensor]:
+    """For each device, room for the largest row of keys or values of a layer there."""
+    room: dict[torch.device, int] = {}
+    for store in (store for layer in layers for store in (layer.keys, layer.values)):
+        room[store.device] = max(room.get(store.device, 0), store[0].numel())
+    dtype = layers[0].keys.dtype
+    return {device: _zeros((count,), dtype, device) for device, count in room.items()}
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

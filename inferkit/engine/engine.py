@@ -1,7 +1,7 @@
 """The engine: one thread that owns a model and works on all its requests, step by step.
 
-Other threads send it messages (a request, a command) and read what it publishes in `Request`. All
-else here belongs to its thread, so nothing needs a lock while a step runs.
+Other threads send it messages (a request, a command, a policy) and read what it publishes in
+`Request`. All else here belongs to its thread, so nothing needs a lock while a step runs.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class _Command:
 class Engine:
     """Serves requests on one model.
 
-    `submit`, `call`, `resize`, `close` and the properties may be called from any thread.
+    `submit`, `wake`, `set_batching`, `call`, `resize`, `close` and the properties may be called
+    from any thread.
 
     Args:
         runner: Slotted, for batches, or sequential, for architectures that cannot share a batch.
@@ -111,7 +112,7 @@ class Engine:
             context=context,
             prefix_reuse=prefix_reuse,
             settings=settings,
-            closing=lambda: self._closing,
+            look=self._take_in,
         )
         self._pid = os.getpid()
         self._news = threading.Condition()
@@ -284,6 +285,8 @@ class Engine:
     def _turn(self) -> None:
         self._stepper.drop_cancelled()
         self._run_commands()
+        if self._stepper.broken is not None:
+            raise self._stepper.broken
         if not self._commands:
             self._stepper.admit()
         if self._scheduler.running:
@@ -295,9 +298,14 @@ class Engine:
         with self._news:
             while not self._has_work():
                 self._news.wait()
+        return not self._take_in()
+
+    def _take_in(self) -> bool:
+        """Queue what was submitted; return whether this is to end."""
+        with self._news:
             while self._inbox:
                 self._scheduler.add(Entry(self._inbox.popleft()))
-            return not self._closing
+            return self._closing
 
     def _has_work(self) -> bool:
         scheduler = self._scheduler
@@ -317,9 +325,7 @@ class Engine:
     def _end(self, problem: InferkitError | None) -> None:
         with self._news:
             self._closing, self._problem = True, problem
-            for request in self._inbox:
-                self._scheduler.add(Entry(request))
-            self._inbox.clear()
+        self._take_in()
         self._stepper.abandon(problem)
         for command in self._commands:
             command.refuse(self._refusal())

@@ -100,8 +100,10 @@ class Request:
 
     @property
     def latency(self) -> Latency:
-        """The timing so far."""
+        """Its timing; while it runs, the timing so far."""
         with self._changed:
+            if self._generation is not None:
+                return self._generation.latency
             return Latency(self._trace(None))
 
     def cancel(self) -> None:

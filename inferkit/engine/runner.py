@@ -34,7 +34,7 @@ class SlottedRunner:
     """Runs the model over the slots of a `SlotCache`. Used by the engine's thread alone.
 
     A pass has fixed shapes but for the number of rows, of tokens and of cache positions read, and
-    no control flow that depends on data, so that it can be compiled or captured as it is.
+    no control flow that depends on data, so that it can be compiled.
     """
 
     def __init__(
@@ -161,7 +161,10 @@ def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> st
     if getattr(module, "_is_stateful", False) or any(g.state_bytes for g in geometry):
         return f"{name} keeps a recurrent state, which has no slots"
     if not all(g.kind in ("full", "sliding", "chunked") for g in geometry):
-        return f"{name} has layers that read the KV cache of other layers"
+        return f"{name} has layers without a KV cache of their own"
+    windows = {(g.kind, g.window) for g in geometry}
+    if len(windows) > len({kind for kind, _ in windows}):
+        return f"{name} has windows of several sizes, and masks are made for one"
     if not getattr(module, "_supports_attention_backend", False):
         return f"{name} has an attention of its own that takes no attention function"
     if _rope_depends_on_length(module.config, context):

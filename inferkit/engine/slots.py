@@ -42,6 +42,8 @@ class Slots:
         self._age = [0] * cache.slots
         self._clock = 0
         self._seeded: set[int] = set()
+        # Who waits for whom to compute the prefix that they share.
+        self._awaited: dict[int, Entry] = {}
 
     def take(self, entry: Entry) -> None:
         """Give an admitted request the next slot, filled with the free one that suits it best."""
@@ -63,6 +65,10 @@ class Slots:
         """
         if id(entry) in self._seeded:
             return True
+        ahead = self._awaited.get(id(entry))
+        # Only for one in an earlier slot: two that changed places would wait for each other.
+        if ahead is not None and ahead.prefilling and ahead.slot < entry.slot:
+            return False
         held = self._kept[entry.slot]
         source, length, written = entry.slot, self._usable(entry, held), held.written
         if self.reuse:
@@ -70,13 +76,16 @@ class Slots:
                 usable = self._usable(entry, other)
                 if usable >= length + _WORTH_A_COPY:
                     source, length, written = slot, usable, other.written
-            if self._soon(entry) >= length + _WORTH_A_COPY:
+            ahead, soon = self._soon(entry)
+            if ahead is not None and soon >= length + _WORTH_A_COPY:
+                self._awaited[id(entry)] = ahead
                 return False
         if source != entry.slot:
             self._cache.copy_prefix(source, entry.slot, length)
         entry.computed, entry.written = length, written if length else 0
         self._kept[entry.slot] = _Held()
         self._seeded.add(id(entry))
+        self._awaited.pop(id(entry), None)
         return True
 
     def next_position(self, entry: Entry) -> int:
@@ -104,6 +113,8 @@ class Slots:
         self._clock += 1
         self._kept[entry.slot], self._age[entry.slot] = held, self._clock
         self._seeded.discard(id(entry))
+        self._awaited.pop(id(entry), None)
+        self._awaited = {k: ahead for k, ahead in self._awaited.items() if ahead is not entry}
         entry.slot = -1
 
     def _holds(self, entry: Entry) -> _Held:
@@ -128,16 +139,26 @@ class Slots:
         # `next_position`).
         return length if length and self._cache.reusable(length, held.written + 1) else 0
 
-    def _soon(self, entry: Entry) -> int:
-        """The longest prefix that a request ahead of this one is still about to compute."""
-        ahead = (e for e in self._active[: entry.slot] if e.prefilling)
-        shared = (common_prefix(entry.tokens, e.tokens) for e in ahead)
-        return min(max(shared, default=0), entry.prompt_length - 1)
+    def _soon(self, entry: Entry) -> tuple[Entry | None, int]:
+        """The request ahead of this one that is about to compute the longest common prefix."""
+        ahead = [e for e in self._active[: entry.slot] if e.prefilling]
+        shared = [common_prefix(entry.tokens, e.tokens) for e in ahead]
+        if not shared:
+            return None, 0
+        best = max(range(len(ahead)), key=shared.__getitem__)
+        return ahead[best], min(shared[best], entry.prompt_length - 1)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    for n, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return n
-    return min(len(a), len(b))
+    """How many first tokens are the same.
+
+    By halves, for slices compare in C: prompts have thousands of tokens, and a step compares many.
+    """
+    same, end = 0, min(len(a), len(b))
+    while same < end:
+        middle = (same + end + 1) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            end = middle - 1
+    return same

@@ -16,7 +16,13 @@ from inferkit.engine.scheduler import Entry, Scheduler
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import reason_against
 from inferkit.engine.slots import Slots
-from inferkit.errors import GenerationError, InferkitError, OptionError, OutOfMemoryError
+from inferkit.errors import (
+    GenerationError,
+    InferkitError,
+    OptionError,
+    OutOfMemoryError,
+    PromptError,
+)
 from inferkit.generation import FinishReason, Settings
 from inferkit.sampling import Sampled, sample
 
@@ -57,6 +63,7 @@ class Stepper:
     Attributes:
         context: Most tokens of prompt and output together.
         on_finish: Called with each request that has ended.
+        broken: Why nothing can run any more, if that is so.
     """
 
     def __init__(
@@ -68,15 +75,16 @@ class Stepper:
         context: int,
         prefix_reuse: bool,
         settings: Callable[[], Settings],
-        closing: Callable[[], bool],
+        look: Callable[[], bool],
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.context = context
         self.on_finish: list[Callable[[Request], None]] = []
+        self.broken: InferkitError | None = None
         self._end_ids = end_ids
         self._settings = settings
-        self._closing = closing
+        self._look = look
         self._slots: Slots | None = None
         if isinstance(runner, SlottedRunner):
             self._slots = Slots(runner.cache, prefix_reuse)
@@ -88,7 +96,9 @@ class Stepper:
         """Start the requests that the policy lets in."""
         for entry in self.scheduler.admit():
             entry.request.settings = self._settings()
-            if self._slots is not None:
+            if entry.prompt_length >= self.context:  # the context was made shorter meanwhile
+                self._finish(entry, _Outcome("error", error=self._too_long(entry)))
+            elif self._slots is not None:
                 self._slots.take(entry)
 
     def step(self) -> StepRecord:
@@ -150,7 +160,7 @@ class Stepper:
                 )
             _, problem = _attempt(self.runner.resize, max_batch, context)
             if problem is not None:
-                self.runner.resize(*old)
+                self._put_back(*old)
             self._slots = Slots(self.runner.cache, self._slots.reuse)
             if problem is not None:
                 raise OutOfMemoryError(
@@ -159,6 +169,17 @@ class Stepper:
                 )
         self.scheduler.max_batch = max_batch
         self.context = context
+
+    def _put_back(self, slots: int, context: int) -> None:
+        """A cache of the old size, where one of another size could not be had."""
+        assert isinstance(self.runner, SlottedRunner)
+        _, problem = _attempt(self.runner.resize, slots, context)
+        if problem is not None:
+            self.broken = GenerationError(
+                "The KV cache could not be changed, and memory for the old one is gone as well "
+                f"({problem}). Free memory, and load the model again with ik.load."
+            )
+            raise self.broken
 
     # -- passes ---------------------------------------------------------------------------------
 
@@ -227,20 +248,31 @@ class Stepper:
         return self._choose(entries, logits)
 
     def _run_alone(self, entry: Entry, runner: SequentialRunner) -> tuple[int, int]:
-        before = entry.request.generated
+        before, choosing = entry.request.generated, 0
 
         def choose(logits: Any) -> int | None:
             """The next token, or None when the request is over."""
+            nonlocal choosing
+            since = time.perf_counter_ns()
+            try:
+                return chosen(logits)
+            finally:
+                choosing += time.perf_counter_ns() - since
+
+        def chosen(logits: Any) -> int | None:
+            closing = self._look()
             self.drop_cancelled()
-            if not entry.request.done and self._closing():
+            if not entry.request.done and closing:
                 self._finish(entry, _Outcome("cancelled"))
             if entry.request.done:
                 return None
             self._hand_out([entry], self._choose([entry], logits))
             return None if entry.request.done else entry.tokens[-1]
 
-        entry.request.schedule(time.perf_counter_ns(), 0)
+        began = time.perf_counter_ns()
+        entry.request.schedule(began, 0)
         _, problem = _attempt(runner.run, entry.tokens, choose)
+        self._forward_ns = time.perf_counter_ns() - began - choosing
         made = entry.request.generated - before
         if problem is None and not made:
             problem = GenerationError("The model's generate ended without a token.")
@@ -290,6 +322,13 @@ class Stepper:
         if request.generated >= params.max_tokens or len(entry.tokens) >= self.context:
             return _Outcome("length")
         return None
+
+    def _too_long(self, entry: Entry) -> PromptError:
+        return PromptError(
+            f"The prompt has {entry.prompt_length} tokens, and while it waited the context was "
+            f"changed to {self.context}, which must hold one more: shorten the prompt, or enlarge "
+            "the context with model.configure(context=...)."
+        )
 
     def _finish(self, entry: Entry, outcome: _Outcome) -> None:
         self.scheduler.remove(entry)
