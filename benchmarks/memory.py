@@ -1,10 +1,11 @@
 """Memory over many requests: does the process grow?
 
 Requests of many lengths go through the engine, greedy and sampled, with logprobs and stop strings;
-one in ten is cancelled on its way. After every ``every`` of them, when none is running, the
-resident memory is noted. Growth is the slope of a straight line through the notes of the second
-half and is given per 100 requests. The KV cache is written to beforehand: its pages cost nothing
-until then, and their filling is no growth.
+one in ten is cancelled on its way. After every ``every`` of them, when the engine has rested for
+two seconds (it gives free pages of the heap back after one), the resident memory is noted. Growth
+is the slope of a straight line through the notes of the second half and is given per 100 requests.
+The KV cache is written to beforehand: its pages cost nothing until then, and their filling is no
+growth.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import gc
 import json
 import random
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ def measure(path: str, threads: int, requests: int, every: int = 25) -> dict[str
         for reason in _serve(model, draw, every):
             finished[reason] = finished.get(reason, 0) + 1
         gc.collect()
+        time.sleep(2)
         notes.append((done, process.memory_info().rss))
     model.unload()
     half = notes[len(notes) // 2 :]

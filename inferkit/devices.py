@@ -188,6 +188,11 @@ def release_memory(device_names: Iterable[str]) -> None:
             torch.cuda.empty_cache()
         if "mps" in kinds and torch.backends.mps.is_available():
             torch.mps.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Ask glibc to return free heap pages to the system; takes some milliseconds."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         import ctypes
 

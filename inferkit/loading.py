@@ -69,7 +69,7 @@ def load_files(
     try:
         with _progress_bars(progress):
             module = _read_weights(source, plan, trust_remote_code, progress)
-            tokenizer = _read_tokenizer(source, trust_remote_code)
+            tokenizer = read_tokenizer(source, trust_remote_code)
         return Loaded(
             module=module,
             tokenizer=tokenizer,
@@ -129,7 +129,9 @@ def _read_weights(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from inferkit.packing import pack_linears
+    from inferkit.packing import limit_kernels, pack_linears
+
+    limit_kernels()
 
     try:
         module, found = AutoModelForCausalLM.from_pretrained(
@@ -197,7 +199,12 @@ def _device_map(plan: MemoryPlan) -> dict[str, str]:
     return dict(plan.device_map)
 
 
-def _read_tokenizer(source: Source, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; one object for all that read the same files.
+
+    Raises:
+        LoadError: Its files are missing or damaged.
+    """
     from transformers import AutoTokenizer
 
     key = (source.path, file_states(source, SIDE_FILES))

@@ -11,13 +11,15 @@ it. Only bf16 gains by this.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-__all__ = ["PackedLinear", "pack_linears", "packable", "packed_bytes", "release_packed"]
+__all__ = ["PackedLinear", "limit_kernels", "pack_linears", "packable", "packed_bytes"]
+__all__ += ["release_packed"]
 
 
 class PackedLinear(nn.Module):
@@ -90,6 +92,15 @@ def packable(device: str, dtype: str) -> bool:
 def packed_bytes(rows: int, columns: int) -> int:
     """Bytes of a packed bf16 weight [rows, columns]: whole blocks of 64 by 32."""
     return 2 * (-(-rows // 64) * 64) * (-(-columns // 32) * 32)
+
+
+def limit_kernels() -> None:
+    """Have oneDNN keep 256 compiled kernels instead of 1024, unless it has begun or was told.
+
+    It compiles one for each number of rows that a layer ever multiplies and keeps some 0.4 MB for
+    each: over many prompts of many lengths, 400 MB. The shapes of decode steps stay within 256.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 
 def pack_linears(module: nn.Module, *, progress: bool = False) -> None:

@@ -240,8 +240,7 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
         logits: [rows, vocab], in the model's dtype.
         rows: One state per row; each sampled row consumes one random number.
     """
-    # max, not argmax: its value shows NaN and infinity for free, and on CPU in bf16 it is faster.
-    best, best_ids = logits.max(dim=-1)
+    best, best_ids = _best(logits)
     finite = best.isfinite().tolist()
     ids = best_ids.tolist()
     logprobs: dict[int, TokenLogprobs] = {}
@@ -263,6 +262,23 @@ def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
         else:
             out.append(Sampled(-1, error=NonFiniteLogitsError(_NON_FINITE)))
     return out
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest logit of each row, NaN where there is one, and its token.
+
+    In two halves, first which part of the vocabulary and then which token: on a CPU, where torch
+    finds a maximum three times faster than where it is, that saves two thirds of the time.
+    """
+    import torch
+
+    part = next((n for n in (1024, 512, 256, 128) if logits.shape[-1] % n == 0), 0)
+    if not part:
+        return logits.max(dim=-1)
+    parts = logits.unflatten(-1, (-1, part))
+    best, chosen = parts.amax(dim=-1).max(dim=-1)
+    inside = parts[torch.arange(len(parts), device=logits.device), chosen].argmax(dim=-1)
+    return best, chosen * part + inside
 
 
 _NON_FINITE = (

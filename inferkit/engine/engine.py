@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from inferkit.devices import trim_heap
 from inferkit.engine.openmp import release_team
 from inferkit.engine.request import Request, forked
 from inferkit.engine.runner import SlottedRunner
@@ -33,6 +34,9 @@ _log = logging.getLogger("inferkit")
 # A wait that is cut into pieces can be interrupted on every platform.
 _TICK = 0.25
 _STEPS_KEPT = 4096
+# After so many seconds without work, free heap pages go back: later requests must fault them in
+# again, so not between two cells that follow each other.
+_REST = 1.0
 
 
 @dataclass(slots=True)
@@ -122,6 +126,7 @@ class Engine:
         self._ended = False
         self._problem: InferkitError | None = None
         self._farewell: list[_Command] = []
+        self._heap_used = False
         # Daemon: a kernel that exits must not wait for a generation to end.
         self._thread = threading.Thread(target=self._loop, name=f"inferkit-{name}", daemon=True)
         self._thread.start()
@@ -290,15 +295,22 @@ class Engine:
         if not self._commands:
             self._stepper.admit()
         if self._scheduler.running:
+            self._heap_used = True
             self.steps.append(self._stepper.step())
 
     def _wait_for_work(self) -> bool:
         if not self._has_work():
             release_team()
-        with self._news:
-            while not self._has_work():
-                self._news.wait()
+            self._await_news(_REST)
+            if not self._has_work() and self._heap_used:
+                trim_heap()
+                self._heap_used = False
+        self._await_news()
         return not self._take_in()
+
+    def _await_news(self, timeout: float | None = None) -> None:
+        with self._news:
+            self._news.wait_for(self._has_work, timeout)
 
     def _take_in(self) -> bool:
         """Queue what was submitted; return whether this is to end."""
