@@ -235,6 +235,53 @@ def test_a_closed_event_loop_does_not_stop_the_engine(model: ik.Model) -> None:
         assert model.generate("Once", **SIX).finish_reason == "length"
 
 
+# -- what changes while a request waits or runs ---------------------------------------------------
+
+
+def test_a_prompt_that_waits_while_the_context_shrinks_ends_with_an_error(own: ik.Model) -> None:
+    own.configure(max_batch=1)
+    with held(own) as hold:
+        running = own.submit("Once", **SIX)
+        hold.wait()
+        change = threading.Thread(target=own.configure, kwargs={"context": 64})
+        change.start()
+        wait_until(lambda: bool(own._engine._commands))
+        waiting = own.submit(list(range(5, 205)), max_tokens=4)
+    change.join()
+    assert running.result(60).finish_reason == "length"
+    error = waiting.result(60).error
+    assert isinstance(error, ik.PromptError)
+    assert "200 tokens" in str(error)
+    assert "64" in str(error)
+    assert own.generate("Once", **SIX).error is None
+
+
+def test_a_cancelled_request_does_not_wait_for_the_one_that_runs_alone(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    with ik.load(tiny_model("mamba"), **OPTIONS, name="alone") as model:
+        first = model.submit("Once", **LONG)
+        wait_until(lambda: bool(first.token_ids))
+        second = model.submit("Twice", **LONG)
+        second.cancel()
+        assert second.result(60).finish_reason == "cancelled"
+        assert not first.done
+        first.cancel()
+
+
+def test_a_handle_tells_the_summary_how_it_ended(model: ik.Model) -> None:
+    with held(model) as hold:
+        cancelled, whole = model.submit("Once", **SIX), model.submit("Twice", **SIX)
+        hold.wait()
+        with pytest.raises(ik.OptionError, match="has not ended"):
+            ik.summarize([whole])
+        cancelled.cancel()
+    end([cancelled, whole])
+    summary = ik.summarize([cancelled, whole])
+    assert (summary.completed, summary.failed) == (1, 1)
+    assert cancelled.latency.trace.finish_reason == "cancelled"
+
+
 # -- processes ------------------------------------------------------------------------------------
 
 FORK = """

@@ -154,6 +154,20 @@ def test_each_row_of_a_batch_has_options_of_its_own():
     assert len({s.token_id for s in alone}) >= 3
 
 
+@pytest.mark.parametrize("vocab", [384, 1000, 2048, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_largest_logit_wherever_it_stands(vocab, dtype):
+    logits = logits_of(vocab, 3.0).repeat(5, 1).to(dtype)
+    places = [0, 127, 128, vocab // 2, vocab - 1]
+    for row, place in enumerate(places):
+        logits[row, place] = 100
+    logits = torch.cat([logits, torch.full((1, vocab), -torch.inf, dtype=dtype), logits[:1]])
+    logits[6, vocab - 2] = torch.nan
+    chosen = sample(logits, [RowSampler(SamplingParams(), SEEN) for _ in range(7)])
+    assert [c.token_id for c in chosen[:5]] == places
+    assert all(isinstance(c.error, NonFiniteLogitsError) for c in chosen[5:])
+
+
 @pytest.mark.parametrize("penalty", [1.0, 1.6])
 def test_temperature_zero_takes_the_likeliest_token_after_the_penalty(penalty):
     logits = logits_of(300, spread=2.0)
