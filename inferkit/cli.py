@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
     options = _given(arguments, _SAMPLING_OPTIONS)
     model = ik.load(arguments.model, **_given(arguments, _LOAD_OPTIONS))
     try:
-        requests = [_submit(model, prompt, arguments.chat, options) for prompt in prompts]
+        requests = _submit(model, prompts, arguments.chat, options)
         out = io.StringIO() if arguments.json else sys.stdout
         generations, interrupted = _show(prompts, requests, out)
         if arguments.json:
@@ -89,10 +89,13 @@ def _run(arguments: argparse.Namespace) -> int:
     return _INTERRUPTED if interrupted else _FAILED if errors else 0
 
 
-def _submit(model: Model, prompt: str, chat: bool, options: dict[str, Any]) -> Request:
+def _submit(
+    model: Model, prompts: Sequence[str], chat: bool, options: dict[str, Any]
+) -> list[Request]:
     if chat:
-        return model.submit_chat([{"role": "user", "content": prompt}], **options)
-    return model.submit(prompt, **options)
+        each = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        return [model.submit_chat(messages, **options) for messages in each]
+    return model.submit(prompts, **options)
 
 
 def _show(

@@ -181,9 +181,28 @@ class Model:
         next(pieces)  # from here on, dropping the iterator cancels the request
         return pieces
 
-    def submit(self, prompt: Prompt, *, sampling: Sampling = None, **options: Any) -> Request:
-        """Queue a prompt and return at once; arguments and errors as for `generate`."""
+    @overload
+    def submit(self, prompt: str, *, sampling: Sampling = ..., **options: Any) -> Request: ...
+    @overload
+    def submit(
+        self, prompt: Sequence[str], *, sampling: Sampling = ..., **options: Any
+    ) -> list[Request]: ...
+    @overload
+    def submit(
+        self, prompt: Sequence[int], *, sampling: Sampling = ..., **options: Any
+    ) -> Request: ...
+    def submit(
+        self, prompt: Any, *, sampling: Sampling = None, **options: Any
+    ) -> Request | list[Request]:
+        """Queue a prompt and return at once; arguments and errors as for `generate`.
+
+        The prompts of a list arrive at one moment, so that a static batch is formed of them.
+        """
         arrival = time.perf_counter_ns()
+        if not is_one(prompt):
+            requests = self._requests(list(prompt), sampling, options, arrival)
+            self._engine.submit(requests)
+            return requests
         request = self._request(prompt, self._params(sampling, options), arrival)
         self._engine.submit([request])
         return request

@@ -57,6 +57,19 @@ def test_prompts_give_generations_in_their_order(model: ik.Model) -> None:
     assert [g.token_ids for g in gens] == [model.generate(p, **SIX).token_ids for p in prompts]
 
 
+def test_prompts_submitted_together_form_one_static_batch(model: ik.Model) -> None:
+    model.configure(batching="static")
+    try:
+        requests = model.submit(["one", "two", "three"], seed=[1, 2, 3], **SIX)
+        done = [r.result(60) for r in requests]
+    finally:
+        model.configure(batching="continuous")
+    assert [g.prompt for g in done] == ["one", "two", "three"]
+    assert [g.seed for g in done] == [1, 2, 3]
+    assert len({g.latency.trace.arrival for g in done}) == 1
+    assert len({g.latency.trace.scheduled for g in done}) == 1
+
+
 def test_last_of_several_is_the_list(model: ik.Model) -> None:
     gens = model.generate(["a", "b"], **SIX)
     assert model.last is gens
