@@ -665,7 +665,7 @@ MOMENTS = {
     "plan": ("inferkit.memory.plan_config", 0),
     "first weight": ("transformers.core_model_loading.set_param_for_module", 0),
     "a weight in the middle": ("transformers.core_model_loading.set_param_for_module", 9),
-    "tokenizer": ("inferkit.loading._read_tokenizer", 0),
+    "tokenizer": ("inferkit.loading.read_tokenizer", 0),
     "runner": ("inferkit.resident.make_runner", 0),
     "own logits": ("inferkit.engine.serving.reference_logits", 0),
     "probe": ("inferkit.engine.runner.SlottedRunner.decode", 0),
