@@ -20,6 +20,8 @@ from inferkit.engine.cache import SlotCache, View
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV
 
+_WIDTHS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -76,7 +78,7 @@ class SlottedRunner:
         Shorter parts are padded on the left with tokens at positions beyond the part's end, where
         nothing reads them (see `SlotCache`), so that every part's last token stands last.
         """
-        width = max(len(c.tokens) for c in chunks)
+        width = self.width(chunks)
         tokens, positions, last = [], [], []
         for c in chunks:
             end = c.start + len(c.tokens)
@@ -86,6 +88,15 @@ class SlottedRunner:
             last.append(end - 1)
         longest = max(max(row) for row in positions)
         return self._forward([c.slot for c in chunks], tokens, positions, last, longest)
+
+    def width(self, chunks: Sequence[Chunk]) -> int:
+        """How many tokens each row of a prefill has, padding included.
+
+        A multiple of eight where there is room: kernels are compiled and kept for every shape.
+        """
+        longest = max(len(c.tokens) for c in chunks)
+        room = self.cache.context - max(c.start for c in chunks)
+        return max(longest, min(-(-longest // _WIDTHS) * _WIDTHS, self.prefill_chunk, room))
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab]."""

@@ -210,12 +210,12 @@ class Stepper:
     def _run_prefill(self, parts: Sequence[Part]) -> list[Sampled]:
         """Run the pass; choose a first token for each prompt that it completes."""
         assert isinstance(self.runner, SlottedRunner)
-        width = max(n for _, n in parts)
-        for entry, _ in parts:
-            entry.written = max(entry.written, entry.computed + width)
         chunks = [
             Chunk(e.slot, e.tokens[e.computed : e.computed + n], e.computed) for e, n in parts
         ]
+        width = self.runner.width(chunks)
+        for entry, _ in parts:
+            entry.written = max(entry.written, entry.computed + width)
         logits = self._timed(self.runner.prefill, chunks)
         rows = [i for i, (entry, n) in enumerate(parts) if n == entry.remaining]
         return self._choose([parts[i][0] for i in rows], logits[rows]) if rows else []
