@@ -63,10 +63,7 @@ def reason_against(runner: SlottedRunner, context: int) -> str | None:
     if reason is not None:
         return reason
     prompts = _prompts(runner.module, runner.geometry, context)
-    room = max(map(len, prompts)) + _TRIAL_CHUNK
-    trial = SlottedRunner(
-        runner.module, runner.geometry, slots=2, context=room, prefill_chunk=_TRIAL_CHUNK
-    )
+    trial = _trial(runner.module, runner.geometry, prompts)
     try:
         return _heeds_length(trial, prompts, context)
     finally:
@@ -83,13 +80,7 @@ def _proved(
     wanted = reference_logits(module, prompts)
     trial = None
     try:
-        trial = SlottedRunner(
-            module,
-            geometry,
-            slots=2,
-            context=context,
-            prefill_chunk=min(prefill_chunk, _TRIAL_CHUNK),
-        )
+        trial = _trial(module, geometry, prompts)
         result = probe(trial, prompts, wanted)
         length = _heeds_length(trial, prompts, context)
     except Exception as error:  # code of any architecture, under a cache it does not know
@@ -113,6 +104,14 @@ def _proved(
         trial.release()
     module.set_attn_implementation(own_attention)
     return None, problem
+
+
+def _trial(
+    module: Any, geometry: tuple[LayerKV, ...], prompts: Sequence[Sequence[int]]
+) -> SlottedRunner:
+    """A runner with room for the trial's prompts alone: the model may just fit."""
+    room = max(map(len, prompts)) + _TRIAL_CHUNK
+    return SlottedRunner(module, geometry, slots=2, context=room, prefill_chunk=_TRIAL_CHUNK)
 
 
 def _prompts(module: Any, geometry: tuple[LayerKV, ...], context: int) -> list[list[int]]:
