@@ -85,6 +85,12 @@ def load_files(
 
 
 def release(loaded: Loaded) -> None:
+    """Give back all that it holds: `release_weights`, and the tokenizer. Safe to call twice."""
+    loaded.tokenizer = None
+    release_weights(loaded)
+
+
+def release_weights(loaded: Loaded) -> None:
     """Give the weights' memory back to the device, whoever still refers to the module.
 
     A notebook keeps references that nobody sees (``Out``, ``_``, the frames of a traceback), so
@@ -100,7 +106,7 @@ def release(loaded: Loaded) -> None:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         release_quantized(loaded.module)
         release_packed(loaded.module)
-    loaded.module = loaded.tokenizer = None
+    loaded.module = None
     release_memory(loaded.devices)
 
 

@@ -11,19 +11,22 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, overload
 
-from inferkit import memory
+from inferkit import catalog, memory
 from inferkit.catalog import Source
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import ModelUnloadedError, OptionError, PromptError
+from inferkit.footprint import check_mode
 from inferkit.generation import Generation, Generations
 from inferkit.html import format_bytes, table
 from inferkit.memory import MemoryPlan
 from inferkit.prompts import Encoder, is_one, options_of_each
-from inferkit.resident import Resident
+from inferkit.resident import Identity, Resident
 from inferkit.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -70,6 +73,7 @@ class Model:
         self._promised = promised
         self._gone = f"was unloaded; ik.load({self.ref!r}) loads it again."
         self._ends = threading.Lock()
+        self._change = threading.RLock()
         self._last: Generation | Generations | Request | None = None
 
     # -- state ----------------------------------------------------------------------------------
@@ -275,17 +279,49 @@ class Model:
         """`configure`; ``force`` enlarges the KV cache although the plan says no."""
         engine = self._engine
         policy = engine.batching if batching is None else batching
+        check_batching(policy, engine.max_batch if max_batch is None else max_batch)
+        if max_batch is not None or context is not None:
+            with self._changing():
+                self._resize(max_batch, context, force)
+        if policy != engine.batching:
+            engine.set_batching(policy)
+        return self
+
+    def _resize(self, max_batch: int | None, context: int | None, force: bool) -> None:
+        engine = self._engine
         rows = engine.max_batch if max_batch is None else max_batch
         length = engine.context if context is None else context
-        check_batching(policy, rows)
         if (rows, length) != (engine.max_batch, engine.context):
             plan = self._plan_at(rows, length)
             if not (force or plan.within(self.plan)):
                 plan.require()
             engine.resize(rows, length)
             self.plan = plan
-        if policy != engine.batching:
-            engine.set_batching(policy)
+
+    def quantize(self, mode: str, *, progress: bool = True) -> Model:
+        """Change the precision of the weights in place: "none", "int8", "nf4" or "fp4".
+
+        The weights are read again from their files, in the place of those in memory, so that both
+        are never there; "none" gives the first weights bit for bit. Requests that run finish
+        first; those that wait go on in the new mode. An interrupt or a failure on the way brings
+        back the mode before.
+
+        Raises:
+            OptionError: An unknown mode, or the checkpoint is stored quantized in another one.
+            DoesNotFitError: The mode needs more memory than there is; nothing has changed.
+            LoadError, DamagedFileError: The files cannot be read; the mode before is back.
+            ModelUnloadedError: The model was unloaded, before or while this waited.
+        """
+        check_mode(mode)
+        with self._changing():
+            parts = self._parts
+            if mode != self.quantization:
+                identity = replace(self._identity, quantize=mode)
+                plan = self._plan_as(identity)
+                if not plan.within(self.plan):
+                    plan.require()
+                parts.exchange(plan, identity, self.plan, progress=progress)
+                self._identity, self.plan, self.quantization = identity, plan, mode
         return self
 
     def unload(self) -> None:
@@ -395,6 +431,37 @@ class Model:
             if not request.done:
                 request.cancel()
             self._last = request
+
+    def _plan_as(self, identity: Identity) -> MemoryPlan:
+        """The plan for these files as another identity, in place of the present one."""
+        config = catalog.config(self.path, trust_remote_code=identity.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise OptionError(
+                f"{self.ref!r} is stored quantized, and its original weights are not there to be "
+                f"read: it stays as it is. To use another mode, load the unquantized checkpoint."
+            )
+        return memory.plan_config(
+            config,
+            quantize=identity.quantize,
+            context=self.context,
+            max_batch=self.max_batch,
+            devices=identity.devices,
+            dtype=identity.dtype,
+            model=self.ref,
+            adjust=self._gain(),
+            prefill_chunk=identity.prefill_chunk,
+            trust_remote_code=identity.trust_remote_code,
+        )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One change at a time; the wait for another's can be interrupted."""
+        while not self._change.acquire(timeout=0.25):
+            pass
+        try:
+            yield
+        finally:
+            self._change.release()
 
     def _plan_at(self, max_batch: int, context: int) -> MemoryPlan:
         """The plan at another batch and context, in place of the present one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,21 @@ from inferkit.catalog import Source
 from inferkit.engine.detokenize import Detokenizer
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request
+from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.scheduler import Batching
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import make_runner
+from inferkit.errors import GenerationError, LoadError
 from inferkit.generation import Settings
-from inferkit.loading import FileStates, Loaded, failure, load_files, release
+from inferkit.loading import (
+    FileStates,
+    Loaded,
+    failure,
+    file_states,
+    load_files,
+    release,
+    release_weights,
+)
 from inferkit.memory import MemoryPlan
 from inferkit.sampling import SamplingParams
 
@@ -34,23 +46,46 @@ class Identity:
     prefill_chunk: int
 
 
-@dataclass(frozen=True, slots=True)
 class Resident:
     """A model in memory. Its methods may be called from any thread.
 
-    Attributes:
+    Args:
         name: The name it is loaded under.
+        source: Where its files are.
+        plan: What was planned for it.
         identity: What it was loaded as.
         loaded: Weights and tokenizer.
-        engine: The thread that works with them.
+        batching: The policy to begin with.
+
+    Attributes:
+        engine: The thread that works with the weights.
         pid: The process that loaded it; a fork of it has no such thread.
     """
 
-    name: str
-    identity: Identity
-    loaded: Loaded
-    engine: Engine
-    pid: int
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        plan: MemoryPlan,
+        identity: Identity,
+        loaded: Loaded,
+        batching: Batching,
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.identity = identity
+        self.loaded = loaded
+        self.pid = os.getpid()
+        self.engine = Engine(
+            _runner(loaded, plan, identity),
+            end_ids=loaded.end_ids,
+            context=plan.context,
+            batching=batching,
+            max_batch=plan.max_batch,
+            prefix_reuse=identity.prefix_reuse,
+            settings=self._settings,
+            name=name,
+        )
 
     @property
     def fallback(self) -> str | None:
@@ -66,11 +101,58 @@ class Resident:
             text,
             ids,
             params,
-            _settings(self.name, self.identity, self.engine),
+            self._settings(),
             Detokenizer(self.loaded.tokenizer, ids, params.stop),
             self.engine.wake,
             arrival=arrival,
         )
+
+    def exchange(
+        self, plan: MemoryPlan, identity: Identity, before: MemoryPlan, *, progress: bool
+    ) -> None:
+        """Read the weights again as ``identity`` says, in the place of those in memory.
+
+        Requests that run finish first; those that wait go on afterwards. The weights in memory go
+        first, so that there are never two. Whatever stops the reading (an interrupt, lack of
+        memory), the former ones are read back, by the plan ``before``.
+
+        Raises:
+            ModelError: The files are no longer those that were loaded; nothing has changed.
+            DamagedFileError, LoadError: Reading failed; the former weights are back.
+        """
+        if file_states(self.source) != self.identity.files:
+            raise LoadError(
+                f"The files of {self.source.ref!r} have changed since they were loaded, so that "
+                "their weights cannot be read again; ik.load them under another name."
+            )
+        with self.engine.held():
+            former = self.identity
+            try:
+                self._read(plan, identity, progress)
+                return
+            except BaseException as error:
+                problem = failure(error, self.source, plan)
+            undisturbed(lambda: self._put_back(before, former))
+        raise problem
+
+    def _read(self, plan: MemoryPlan, identity: Identity, progress: bool) -> None:
+        self.engine.runner.release()
+        release_weights(self.loaded)
+        loaded = load_files(
+            self.source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
+        )
+        self.loaded, self.identity = loaded, identity
+        self.engine.adopt(_runner(loaded, plan, identity))
+
+    def _put_back(self, plan: MemoryPlan, identity: Identity) -> None:
+        try:
+            self._read(plan, identity, progress=False)
+        except Exception as error:
+            problem = GenerationError(
+                f"The weights of {self.name!r} could not be read back ({error}). Nothing can run "
+                "on it: unload it, and load the model again with ik.load."
+            )
+            self.engine.give_up(problem)
 
     def release(self) -> None:
         """Cancel all requests, and empty the weights as soon as no step works with them."""
@@ -80,6 +162,18 @@ class Resident:
             release(self.loaded)
 
         self.engine.close(empty)
+
+    def _settings(self) -> Settings:
+        """What a request runs under now; what cannot share a batch is honest about it."""
+        alone = self.fallback is not None
+        return Settings(
+            model=self.name,
+            device=", ".join(self.identity.devices),
+            dtype=self.identity.dtype,
+            quantization=self.identity.quantize,
+            batching="off" if alone else self.engine.batching,
+            max_batch=1 if alone else self.engine.max_batch,
+        )
 
 
 def take_in(
@@ -100,46 +194,32 @@ def take_in(
         source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
     )
     try:
-        engine = _engine(name, loaded, plan, identity, batching)
-        return Resident(name, identity, loaded, engine, os.getpid())
+        return Resident(name, source, plan, identity, loaded, batching)
     except BaseException as error:
         release(loaded)
         problem = failure(error, source, plan)
     raise problem
 
 
-def _engine(
-    name: str, loaded: Loaded, plan: MemoryPlan, identity: Identity, batching: Batching
-) -> Engine:
-    runner = make_runner(
+def undisturbed(work: Callable[[], None]) -> None:
+    """Run ``work`` to its end in another thread, although somebody may interrupt the wait."""
+    thread = threading.Thread(target=work, name="inferkit-undisturbed", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.25)
+        except KeyboardInterrupt:
+            continue
+
+
+def _runner(
+    loaded: Loaded, plan: MemoryPlan, identity: Identity
+) -> SlottedRunner | SequentialRunner:
+    return make_runner(
         loaded.module,
         slots=plan.max_batch,
         context=plan.context,
         prefill_chunk=identity.prefill_chunk,
         dtype=plan.dtype,
         trust_remote_code=identity.trust_remote_code,
-    )
-    engine = Engine(
-        runner,
-        end_ids=loaded.end_ids,
-        context=plan.context,
-        batching=batching,
-        max_batch=plan.max_batch,
-        prefix_reuse=identity.prefix_reuse,
-        settings=lambda: _settings(name, identity, engine),
-        name=name,
-    )
-    return engine
-
-
-def _settings(name: str, identity: Identity, engine: Engine) -> Settings:
-    """What a request runs under now; what cannot share a batch is honest about it."""
-    alone = isinstance(engine.runner, SequentialRunner)
-    return Settings(
-        model=name,
-        device=", ".join(identity.devices),
-        dtype=identity.dtype,
-        quantization=identity.quantize,
-        batching="off" if alone else engine.batching,
-        max_batch=1 if alone else engine.max_batch,
     )

@@ -12,8 +12,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,6 +208,53 @@ class Engine:
             ModelUnloadedError: The engine was closed, before or while this waited.
             GenerationError: The engine's thread has died, or this is the engine's thread.
         """
+        command = self._send(work)
+        try:
+            return command.wait()
+        except BaseException:
+            command.done.cancel()
+            self.wake()
+            raise
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the engine still while the body runs, in the caller's own thread.
+
+        Requests that run finish first; those that wait go on afterwards. The wait can be
+        interrupted, and so can the body, which must leave a runner that works (see `adopt`).
+
+        Raises:
+            ModelUnloadedError, GenerationError: As for `call`.
+        """
+        still, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            still.set()
+            while not go_on.wait(_TICK):
+                pass
+
+        command = self._send(hold)
+        try:
+            while not still.wait(_TICK):
+                if command.done.done():
+                    command.done.result()  # why it was refused
+            yield
+        finally:
+            release_team()
+            go_on.set()
+            command.done.cancel()
+            self.wake()
+
+    def adopt(self, runner: SlottedRunner | SequentialRunner) -> None:
+        """Go on with another runner of as many slots; only while the engine is `held`."""
+        self.runner = runner
+        self._stepper.adopt(runner)
+
+    def give_up(self, problem: InferkitError) -> None:
+        """End all requests with an error, and take no more; only while the engine is `held`."""
+        self._stepper.broken = problem
+
+    def _send(self, work: Callable[[], Any]) -> _Command:
         self._check_process()
         if threading.current_thread() is self._thread:
             raise GenerationError(
@@ -219,12 +267,7 @@ class Engine:
                 raise self._refusal()
             self._commands.append(command)
             self._news.notify()
-        try:
-            return command.wait()
-        except BaseException:
-            command.done.cancel()
-            self.wake()
-            raise
+        return command
 
     def resize(self, max_batch: int, context: int) -> None:
         """Change the number of slots and their length, once what runs has finished.

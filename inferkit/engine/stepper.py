@@ -85,12 +85,19 @@ class Stepper:
         self._end_ids = end_ids
         self._settings = settings
         self._look = look
+        self._prefix_reuse = prefix_reuse
         self._slots: Slots | None = None
-        if isinstance(runner, SlottedRunner):
-            self._slots = Slots(runner.cache, prefix_reuse)
         self._forward_ns = 0
+        self.adopt(runner)
 
     # -- what the engine's loop does ------------------------------------------------------------
+
+    def adopt(self, runner: SlottedRunner | SequentialRunner) -> None:
+        """Go on with this runner, while nothing runs; what its cache holds is not known."""
+        self.runner = runner
+        self._slots = None
+        if isinstance(runner, SlottedRunner):
+            self._slots = Slots(runner.cache, self._prefix_reuse)
 
     def admit(self) -> None:
         """Start the requests that the policy lets in."""
@@ -161,7 +168,7 @@ class Stepper:
             _, problem = _attempt(self.runner.resize, max_batch, context)
             if problem is not None:
                 self._put_back(*old)
-            self._slots = Slots(self.runner.cache, self._slots.reuse)
+            self.adopt(self.runner)
             if problem is not None:
                 raise OutOfMemoryError(
                     f"The KV cache for max_batch={max_batch}, context={context} could not be "
