@@ -252,7 +252,17 @@ def probe(
     """Compare the logits over slots with the model's own."""
     got = slotted_logits(runner, prompts)
     cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min().item()
-    return ProbeResult(cosine, 0.9999 if runner.dtype == torch.float32 else 0.97)
+    return ProbeResult(cosine, 0.9999 if _exact(runner) else 0.97)
+
+
+def _exact(runner: SlottedRunner) -> bool:
+    """Whether the same numbers in another order give almost the same sum.
+
+    Not in bf16 or fp16, nor where layers round their input to 8 bits, with a scale that depends on
+    what else is in the batch.
+    """
+    quantized = getattr(runner.module.config, "quantization_config", None) is not None
+    return runner.dtype == torch.float32 and not quantized
 
 
 def require_decoder(config: Any) -> None:
