@@ -22,6 +22,7 @@ __all__ = [
     "Device",
     "DeviceTable",
     "devices",
+    "dtype_name",
     "find_device",
     "release_memory",
     "resolve_device",
@@ -160,18 +161,27 @@ def resolve_dtype(
     Raises:
         OptionError: The value is none of those.
     """
-    name = str(dtype).removeprefix("torch.").lower()
-    if name != "auto":
-        if name in _DTYPES:
-            return _DTYPES[name]
-        raise OptionError(
-            f"dtype={dtype!r} is not supported; use 'auto', 'bfloat16' ('bf16'), "
-            "'float16' ('fp16', 'half') or 'float32' ('fp32', 'float')."
-        )
+    if dtype != "auto":
+        return dtype_name(dtype)
     deciding = [d for d in device_names if d != "cpu"] or list(device_names)
     stored = str(checkpoint_dtype).removeprefix("torch.")
     liked = {_preferred_dtype(d, stored) for d in deciding}
     return liked.pop() if len(liked) == 1 else "float16"
+
+
+def dtype_name(dtype: Any, option: str = "dtype") -> str:
+    """Give torch's name of a dtype that a person wrote; "auto" is none.
+
+    Raises:
+        OptionError: It is none that models run in; the message names the ``option``.
+    """
+    name = str(dtype).removeprefix("torch.").lower()
+    if name in _DTYPES:
+        return _DTYPES[name]
+    raise OptionError(
+        f"{option}={dtype!r} is not supported; use 'auto', 'bfloat16' ('bf16'), "
+        "'float16' ('fp16', 'half') or 'float32' ('fp32', 'float')."
+    )
 
 
 def release_memory(device_names: Iterable[str]) -> None:

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from inferkit.devices import dtype_name
 from inferkit.errors import OptionError, UnsupportedModelError
 from inferkit.html import listed
 
 __all__ = [
     "QUANTIZE_MODES",
     "WeightFormat",
-    "check_mode",
+    "asked_format",
     "device_of",
     "meta_model",
     "packed_growth",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 QUANTIZE_MODES = ("none", "int8", "nf4", "fp4")
+_FOUR_BIT = ("nf4", "fp4")
 _BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # scales that share one scale of their own under double quantization
 _CODE_BYTES = 16 * 4  # each 4-bit layer holds its own table of the 16 values, in fp32
@@ -37,17 +39,25 @@ _CODE_BYTES = 16 * 4  # each 4-bit layer holds its own table of the 16 values, i
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How weights are kept: a quantize mode and, if the checkpoint says so, its details.
+    """How weights are kept: a quantize mode and its details.
 
     Attributes:
         mode: One of ``QUANTIZE_MODES``.
-        skip: Modules that stay as they are; None for transformers' own choice.
         double_quant: Whether the scales of a 4-bit format are quantized again.
+        compute_dtype: torch's name of the dtype that 4-bit weights are unpacked to for each matmul;
+            None for the dtype of the model.
+        skip: Modules that stay as they are; None for transformers' own choice.
     """
 
     mode: str
-    skip: tuple[str, ...] | None = None
     double_quant: bool = False
+    compute_dtype: str | None = None
+    skip: tuple[str, ...] | None = None
+
+    def __str__(self) -> str:
+        details = ["double_quant=True"] if self.double_quant else []
+        details += [f"compute_dtype={self.compute_dtype}"] if self.compute_dtype else []
+        return ", ".join([self.mode, *details])
 
     def linear_bytes(self, rows: int, columns: int) -> int:
         """Bytes that bitsandbytes keeps for one quantized ``[rows, columns]`` weight."""
@@ -61,42 +71,58 @@ class WeightFormat:
         return -(-count // 2) + scales + _CODE_BYTES
 
 
-def check_mode(mode: Any) -> str:
-    """Return the mode, or raise OptionError naming those that exist."""
-    if mode not in QUANTIZE_MODES:
-        raise OptionError(f"quantize={mode!r} is unknown: choose one of {listed(QUANTIZE_MODES)}.")
-    return str(mode)
+def asked_format(
+    quantize: Any, double_quant: Any = False, compute_dtype: Any = "auto"
+) -> WeightFormat:
+    """The format that a person asks for.
+
+    Raises:
+        OptionError: The mode is unknown, or has no such detail.
+    """
+    if quantize not in QUANTIZE_MODES:
+        raise OptionError(
+            f"quantize={quantize!r} is unknown: choose one of {listed(QUANTIZE_MODES)}."
+        )
+    if not isinstance(double_quant, bool):
+        raise OptionError(f"double_quant={double_quant!r} must be True or False.")
+    dtype = None if compute_dtype in ("auto", None) else dtype_name(compute_dtype, "compute_dtype")
+    given = [n for n, v in (("double_quant", double_quant), ("compute_dtype", dtype)) if v]
+    if given and quantize not in _FOUR_BIT:
+        raise OptionError(
+            f"{given[0]} is a detail of the 4-bit modes, and quantize={quantize!r} has none: leave "
+            f"it out, or choose one of {listed(_FOUR_BIT)}."
+        )
+    return WeightFormat(quantize, double_quant, dtype)
 
 
-def weight_format(config: Any, quantize: str) -> tuple[WeightFormat, str]:
-    """The format that loading ``config`` with this ``quantize`` gives, and a note or "".
+def weight_format(config: Any, asked: WeightFormat) -> tuple[WeightFormat, str]:
+    """The format that loading ``config`` gives where ``asked`` is asked for, and a note or "".
 
     A checkpoint already quantized by bitsandbytes keeps its own format. One quantized by another
     method is counted as if unpacked to the plan's dtype, which is an upper bound; the note says so.
 
     Raises:
-        OptionError: The mode is unknown, or the checkpoint is already quantized in another one.
+        OptionError: The checkpoint is already quantized in another mode.
     """
-    check_mode(quantize)
     stored = getattr(config, "quantization_config", None)
     if stored is None:
-        return WeightFormat(quantize), ""
+        return asked, ""
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     method = settings.get("quant_method", "unknown")
     method = str(getattr(method, "value", method))  # an enum where bitsandbytes made the config
     if "bitsandbytes" not in method:
         note = f"The checkpoint is stored as {method}; its weights are counted unpacked."
-        return WeightFormat(quantize), note
+        return asked, note
     four_bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
     mode = str(settings.get("bnb_4bit_quant_type", "fp4")) if four_bit else "int8"
-    if quantize not in ("none", mode):
+    if asked.mode not in ("none", mode):
         raise OptionError(
-            f"quantize={quantize!r}, but the checkpoint is already quantized as {mode!r}; "
+            f"quantize={asked.mode!r}, but the checkpoint is already quantized as {mode!r}; "
             "use quantize='none' to load it as it is, or the unquantized checkpoint."
         )
     skip = settings.get("llm_int8_skip_modules")
     double = four_bit and bool(settings.get("bnb_4bit_use_double_quant"))
-    return WeightFormat(mode, None if skip is None else tuple(skip), double), ""
+    return WeightFormat(mode, double, skip=None if skip is None else tuple(skip)), ""
 
 
 def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:

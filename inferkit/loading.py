@@ -144,7 +144,7 @@ def _read_weights(
             source.path,
             dtype=getattr(torch, plan.dtype),
             device_map=_device_map(plan),
-            quantization_config=loading_config(plan.quantize, plan.dtype),
+            quantization_config=loading_config(plan.format, plan.dtype),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,

@@ -12,7 +12,13 @@ from typing import Any
 from inferkit.demand import Demand, DevicePlan
 from inferkit.devices import find_device, resolve_device, resolve_dtype
 from inferkit.errors import DoesNotFitError, OptionError
-from inferkit.footprint import QUANTIZE_MODES, WeightFormat, meta_model, weight_format
+from inferkit.footprint import (
+    QUANTIZE_MODES,
+    WeightFormat,
+    asked_format,
+    meta_model,
+    weight_format,
+)
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
 from inferkit.sampling import unknown_option
@@ -43,7 +49,7 @@ class MemoryPlan:
     Attributes:
         model: The reference as given.
         architecture: transformers' class name.
-        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``.
+        format: How weights are kept: the quantize mode and its details.
         dtype: torch's name of the dtype of KV cache and unquantized weights.
         context: Tokens per row.
         max_batch: Rows.
@@ -60,7 +66,7 @@ class MemoryPlan:
 
     model: str
     architecture: str
-    quantize: str
+    format: WeightFormat
     dtype: str
     context: int
     max_batch: int
@@ -71,6 +77,11 @@ class MemoryPlan:
     totals: Mapping[str, int] = field(hash=False)
     alternatives: Mapping[str, int] = field(hash=False)
     note: str = ""
+
+    @property
+    def quantize(self) -> str:
+        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``."""
+        return self.format.mode
 
     @property
     def max_batch_fit(self) -> int:
@@ -124,7 +135,7 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON, sizes in bytes."""
-        whole = ("max_batch_fit", "weights", "kv_cache", "activations", "total", "fits")
+        whole = ("quantize", "max_batch_fit", "weights", "kv_cache", "activations", "total", "fits")
         made = asdict(self)
         made["devices"] = [asdict(d) | {"needed": d.needed, "fits": d.fits} for d in self.devices]
         return made | {name: getattr(self, name) for name in whole}
@@ -137,7 +148,7 @@ class MemoryPlan:
 
     def _title(self) -> str:
         return (
-            f"{self.model} ({self.architecture}, {self.dtype}, quantize={self.quantize!r}, "
+            f"{self.model} ({self.architecture}, {self.dtype}, quantize={str(self.format)!r}, "
             f"context={self.context}, max_batch={self.max_batch})"
         )
 
@@ -194,6 +205,8 @@ def plan(
     max_batch: int = 16,
     device: Any = "auto",
     dtype: Any = "auto",
+    double_quant: bool = False,
+    compute_dtype: Any = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -214,6 +227,9 @@ def plan(
         max_batch: Rows that run at once.
         device: As in :func:`inferkit.devices.resolve_device`.
         dtype: As in :func:`inferkit.devices.resolve_dtype`.
+        double_quant: Quantize the scales of a 4-bit mode again (bitsandbytes' nested quantization).
+        compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
+            of the model.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let the repository bring its own model code.
         prefill_chunk: Tokens that one prefill step takes.
@@ -229,6 +245,7 @@ def plan(
         UnsupportedModelError: The architecture cannot be served.
     """
     check_known(unknown, plan)
+    asked = asked_format(quantize, double_quant, compute_dtype)
     config: Any = ref_or_config
     name = None
     if isinstance(ref_or_config, str | os.PathLike):
@@ -241,7 +258,7 @@ def plan(
     names = resolve_device(device)
     return plan_config(
         config,
-        quantize=quantize,
+        form=asked,
         context=context,
         max_batch=max_batch,
         devices=names,
@@ -256,7 +273,7 @@ def plan(
 def plan_config(
     config: Any,
     *,
-    quantize: str,
+    form: WeightFormat,
     context: int | None,
     max_batch: int,
     devices: Sequence[str],
@@ -274,7 +291,7 @@ def plan_config(
     what the others say is free, ``adjust`` adds what will be free by then, less what is promised.
     A ``device_map`` says where the modules are, of a model that is loaded.
     """
-    asked, note = weight_format(config, quantize)
+    kept, note = weight_format(config, form)
     context = checked_context(config, context)
     check_whole("max_batch", max_batch)
     check_whole("prefill_chunk", prefill_chunk)
@@ -282,23 +299,24 @@ def plan_config(
     geometry = read_geometry(meta)
     memory = _memory(devices, free or {}, adjust or {})
 
-    def demand(form: WeightFormat) -> Demand:
-        placed = device_map if form.mode == asked.mode else None
-        return Demand.of(meta, geometry, form, memory, prefill_chunk, placed)
+    def demand(mode: str) -> Demand:
+        if mode == kept.mode:
+            return Demand.of(meta, geometry, kept, memory, prefill_chunk, device_map)
+        return Demand.of(meta, geometry, WeightFormat(mode), memory, prefill_chunk)
 
-    modes = QUANTIZE_MODES if asked == WeightFormat(asked.mode) else (asked.mode,)
-    demands = {m: demand(asked if m == asked.mode else WeightFormat(m)) for m in modes}
-    chosen = demands[asked.mode]
+    stored = getattr(config, "quantization_config", None) is not None
+    demands = {m: demand(m) for m in ((kept.mode,) if stored else QUANTIZE_MODES)}
+    chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}
     return MemoryPlan(
         model=model or getattr(config, "name_or_path", "") or type(meta).__name__,
         architecture=type(meta).__name__,
-        quantize=asked.mode,
+        format=kept,
         dtype=dtype,
         context=context,
         max_batch=max_batch,
-        devices=plans[asked.mode],
+        devices=plans[kept.mode],
         device_map=chosen.device_map,
         max_context=_longest(chosen, max_batch, context_limit(config) or _MOST_CONTEXT),
         batch_by_mode={mode: _most_rows(needed, context) for mode, needed in demands.items()},
@@ -306,7 +324,7 @@ def plan_config(
         alternatives={
             mode: totals[mode]
             for mode, held in plans.items()
-            if mode != asked.mode and all(d.fits for d in held)
+            if mode != kept.mode and all(d.fits for d in held)
         },
         note=note,
     )

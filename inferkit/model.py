@@ -15,17 +15,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from inferkit import catalog, memory
+from inferkit import memory
 from inferkit.catalog import Source
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import ModelUnloadedError, OptionError, PromptError
-from inferkit.footprint import check_mode
+from inferkit.footprint import WeightFormat, asked_format
 from inferkit.generation import Generation, Generations
 from inferkit.html import format_bytes, table
 from inferkit.memory import MemoryPlan
 from inferkit.prompts import Encoder, is_one, options_of_each
+from inferkit.quantize import unquantized
 from inferkit.resident import Identity, Resident
 from inferkit.sampling import SamplingParams
 
@@ -47,14 +48,12 @@ class Model:
         device: Its device; the first of several.
         devices: All its devices.
         dtype: Name of the dtype that it runs in.
-        quantization: "none", "int8", "nf4" or "fp4".
         plan: The memory plan that it runs by.
     """
 
     def __init__(
         self,
         source: Source,
-        plan: MemoryPlan,
         resident: Resident,
         promised: Callable[[Model], int],
     ) -> None:
@@ -66,9 +65,7 @@ class Model:
         self.devices = identity.devices
         self.device = identity.devices[0]
         self.dtype = identity.dtype
-        self.quantization = identity.quantize
-        self.plan = plan
-        self._identity = identity
+        self.plan = resident.plan
         self._resident: Resident | None = resident
         self._promised = promised
         self._gone = f"was unloaded; ik.load({self.ref!r}) loads it again."
@@ -89,6 +86,16 @@ class Model:
         if isinstance(self._last, Request):
             self._last = self._last.result()
         return self._last
+
+    @property
+    def quantization(self) -> str:
+        """The mode: "none", "int8", "nf4" or "fp4"."""
+        return self.plan.quantize
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Names of the layers that the mode leaves in the model's dtype; all of them in "none"."""
+        return unquantized(self._parts.loaded.module)
 
     @property
     def batching(self) -> Batching:
@@ -266,62 +273,48 @@ class Model:
             ForkedProcessError: This process is a fork of the one that loaded the model.
         """
         memory.check_known(unknown, self.configure)
-        return self._configure(batching, max_batch, context)
-
-    def _configure(
-        self,
-        batching: Batching | None,
-        max_batch: int | None,
-        context: int | None,
-        *,
-        force: bool = False,
-    ) -> Model:
-        """`configure`; ``force`` enlarges the KV cache although the plan says no."""
-        engine = self._engine
-        policy = engine.batching if batching is None else batching
-        check_batching(policy, engine.max_batch if max_batch is None else max_batch)
-        if max_batch is not None or context is not None:
-            with self._changing():
-                self._resize(max_batch, context, force)
-        if policy != engine.batching:
-            engine.set_batching(policy)
+        check_batching(
+            self.batching if batching is None else batching,
+            self.max_batch if max_batch is None else max_batch,
+        )
+        self._become(max_batch=max_batch, context=context)
+        if batching is not None:
+            self._engine.set_batching(batching)
         return self
 
-    def _resize(self, max_batch: int | None, context: int | None, force: bool) -> None:
-        engine = self._engine
-        rows = engine.max_batch if max_batch is None else max_batch
-        length = engine.context if context is None else context
-        if (rows, length) != (engine.max_batch, engine.context):
-            plan = self._plan_at(rows, length)
-            if not (force or plan.within(self.plan)):
-                plan.require()
-            engine.resize(rows, length)
-            self.plan = plan
-
-    def quantize(self, mode: str, *, progress: bool = True) -> Model:
+    def quantize(
+        self,
+        mode: str,
+        *,
+        double_quant: bool = False,
+        compute_dtype: Any = "auto",
+        progress: bool = True,
+    ) -> Model:
         """Change the precision of the weights in place: "none", "int8", "nf4" or "fp4".
 
         The weights are read again from their files, in the place of those in memory, so that both
         are never there; "none" gives the first weights bit for bit. Requests that run finish
         first; those that wait go on in the new mode. An interrupt or a failure on the way brings
-        back the mode before.
+        back the mode before. What stays unquantized is in `unquantized`.
+
+        Args:
+            mode: What bitsandbytes does: 8-bit integers (LLM.int8(), arXiv:2208.07339), 4-bit
+                NormalFloat (QLoRA, arXiv:2305.14314), 4-bit floating point, or nothing.
+            double_quant: Quantize the scales of a 4-bit mode again, which saves some 0.4 bits per
+                weight (QLoRA, section 3); not on a CPU with AVX-512 BF16, whose kernels unpack the
+                scales when they are first used.
+            compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is
+                that of the model.
+            progress: Show progress bars.
 
         Raises:
-            OptionError: An unknown mode, or the checkpoint is stored quantized in another one.
+            OptionError: An unknown mode, a detail that the mode does not have, or a checkpoint that
+                is stored quantized.
             DoesNotFitError: The mode needs more memory than there is; nothing has changed.
             LoadError, DamagedFileError: The files cannot be read; the mode before is back.
             ModelUnloadedError: The model was unloaded, before or while this waited.
         """
-        check_mode(mode)
-        with self._changing():
-            parts = self._parts
-            if mode != self.quantization:
-                identity = replace(self._identity, quantize=mode)
-                plan = self._plan_as(identity)
-                if not plan.within(self.plan):
-                    plan.require()
-                parts.exchange(plan, identity, self.plan, progress=progress)
-                self._identity, self.plan, self.quantization = identity, plan, mode
+        self._become(format=asked_format(mode, double_quant, compute_dtype), progress=progress)
         return self
 
     def unload(self) -> None:
@@ -432,26 +425,44 @@ class Model:
                 request.cancel()
             self._last = request
 
-    def _plan_as(self, identity: Identity) -> MemoryPlan:
-        """The plan for these files as another identity, in place of the present one."""
-        config = catalog.config(self.path, trust_remote_code=identity.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise OptionError(
-                f"{self.ref!r} is stored quantized, and its original weights are not there to be "
-                f"read: it stays as it is. To use another mode, load the unquantized checkpoint."
-            )
-        return memory.plan_config(
-            config,
-            quantize=identity.quantize,
-            context=self.context,
-            max_batch=self.max_batch,
-            devices=identity.devices,
-            dtype=identity.dtype,
-            model=self.ref,
-            adjust=self._gain(),
-            prefill_chunk=identity.prefill_chunk,
-            trust_remote_code=identity.trust_remote_code,
-        )
+    def _become(
+        self,
+        *,
+        format: WeightFormat | None = None,
+        max_batch: int | None = None,
+        context: int | None = None,
+        force: bool = False,
+        progress: bool = False,
+    ) -> None:
+        """Change weights, KV cache or both at once; what is not given stays.
+
+        Args:
+            format: Of the weights.
+            max_batch: Rows of the KV cache.
+            context: Tokens in a row.
+            force: Although the plan says that it does not fit.
+            progress: Show progress bars.
+        """
+        with self._changing():
+            parts = self._parts
+            rows = self.max_batch if max_batch is None else max_batch
+            length = self.context if context is None else context
+            identity = parts.identity
+            if format is not None:
+                identity = replace(identity, format=format)
+            reads = identity != parts.identity
+            if not reads and (rows, length) == (self.max_batch, self.context):
+                return
+            if reads:
+                self._check_original()
+            plan = self._planned(identity, rows, length)
+            if not (force or plan.within(self.plan)):
+                plan.require()
+            if reads:
+                parts.exchange(plan, identity, progress=progress)
+            else:
+                parts.resize(plan)
+            self.plan = plan
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -463,19 +474,27 @@ class Model:
         finally:
             self._change.release()
 
-    def _plan_at(self, max_batch: int, context: int) -> MemoryPlan:
-        """The plan at another batch and context, in place of the present one."""
-        identity = self._identity
+    def _check_original(self) -> None:
+        """Refuse where the files do not have the weights in the dtype that they were trained in."""
+        if getattr(self._parts.config, "quantization_config", None) is not None:
+            raise OptionError(
+                f"{self.ref!r} is stored quantized, and its original weights are not there to be "
+                f"read: it stays as it is. To use another mode, load the unquantized checkpoint."
+            )
+
+    def _planned(self, identity: Identity, max_batch: int, context: int) -> MemoryPlan:
+        """The plan for this model as another identity and size, in place of the present one."""
+        parts = self._parts
         return memory.plan_config(
-            self._parts.loaded.module.config,
-            quantize=self.plan.quantize,
+            parts.config,
+            form=identity.format,
             context=context,
             max_batch=max_batch,
             devices=identity.devices,
             dtype=identity.dtype,
             model=self.ref,
             adjust=self._gain(),
-            device_map=self.plan.device_map,
+            device_map=self.plan.device_map if identity == parts.identity else None,
             prefill_chunk=identity.prefill_chunk,
             trust_remote_code=identity.trust_remote_code,
         )
@@ -503,7 +522,7 @@ class Model:
         facts = [
             ("device", ", ".join(self.devices)),
             ("dtype", self.dtype),
-            ("quantization", self.quantization),
+            ("quantization", str(self.plan.format)),
         ]
         resident = self._resident
         if resident is None:

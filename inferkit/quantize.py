@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from inferkit.footprint import WeightFormat
+
 
 def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not str(record.msg).startswith(beginning)
@@ -19,26 +21,43 @@ _NOISE = (
 )
 
 
-def loading_config(mode: str, dtype: str) -> Any:
-    """The transformers quantization config of a mode, or None for "none".
+def loading_config(form: WeightFormat, dtype: str) -> Any:
+    """The transformers quantization config of a format, or None for "none".
 
     Args:
-        mode: "none", "int8", "nf4" or "fp4".
-        dtype: torch's name of the dtype that 4-bit weights are unpacked to for each matmul.
+        form: The mode and its details.
+        dtype: torch's name of the model's dtype.
     """
-    if mode == "none":
+    if form.mode == "none":
         return None
     import torch
     from transformers import BitsAndBytesConfig
 
     for logger, message in _NOISE:
         logging.getLogger(logger).addFilter(message)
-    if mode == "int8":
+    if form.mode == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=mode,
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        bnb_4bit_quant_type=form.mode,
+        bnb_4bit_use_double_quant=form.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, form.compute_dtype or dtype),
+    )
+
+
+def unquantized(module: Any) -> tuple[str, ...]:
+    """Names of the layers with a weight matrix that a quantized model keeps in its dtype.
+
+    These are the embeddings, and what transformers leaves alone: output embeddings, and experts
+    that an architecture fuses into one parameter.
+    """
+    from inferkit.packing import PackedLinear
+
+    return tuple(
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, PackedLinear)
+        or any(p.ndim > 1 and p.is_floating_point() for p in layer.parameters(recurse=False))
     )
 
 

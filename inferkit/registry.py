@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
-from inferkit.footprint import check_mode
+from inferkit.footprint import asked_format
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK
 from inferkit.loading import file_states
@@ -82,15 +83,17 @@ def load(
     force: bool = False,
     prefix_reuse: bool = True,
     prefill_chunk: int = PREFILL_CHUNK,
+    double_quant: bool = False,
+    compute_dtype: Any = "auto",
     progress: bool = True,
     **unknown: Any,
 ) -> Model:
     """Load a model, or return it where it is loaded already.
 
     Running the same call again gives the model that is loaded. The same name with another
-    ``batching``, ``max_batch`` or ``context`` changes it in place; with anything else other, or
-    with files that were written again, the new model takes the old one's place (the old one goes
-    first only where both do not fit).
+    ``quantize``, ``batching``, ``max_batch`` or ``context`` changes it in place; with anything else
+    other, or with files that were written again, the new model takes the old one's place (the old
+    one goes first only where both do not fit).
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
@@ -108,6 +111,9 @@ def load(
         force: Load although the memory plan says that it does not fit.
         prefix_reuse: Reuse the KV cache of a prompt prefix that an earlier request had.
         prefill_chunk: Most prompt tokens per step, so that a long prompt does not stall the others.
+        double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
+        compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
+            of the model.
         progress: Show progress bars.
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
@@ -118,11 +124,11 @@ def load(
         LoadError: Loading failed half way; what was read is released.
         ForkedProcessError: This process is a fork of one that had loaded a model.
         OutOfMemoryError, GenerationError, ModelUnloadedError: A model that is loaded could not be
-            changed in place: see `Model.configure`.
+            changed in place: see `Model.configure` and `Model.quantize`.
     """
     memory.check_known(unknown, load)
     check_batching(batching, max_batch)
-    check_mode(quantize)
+    form = asked_format(quantize, double_quant, compute_dtype)
     memory.check_whole("prefill_chunk", prefill_chunk)
     _check_name(name)
     _refuse_fork()
@@ -138,20 +144,27 @@ def load(
             revision=source.revision,
             devices=devices,
             dtype=resolved,
-            quantize=quantize,
+            format=form,
             trust_remote_code=trust_remote_code,
             prefix_reuse=prefix_reuse,
             prefill_chunk=prefill_chunk,
         )
         old = _table.get(name)
-        if old is not None and old.loaded and not old._engine.closed and old._identity == identity:
-            wanted = memory.checked_context(config, context)
-            return old._configure(batching, max_batch, wanted, force=force)
+        if old is not None and _can_become(old, identity):
+            old._become(
+                format=form,
+                max_batch=max_batch,
+                context=memory.checked_context(config, context),
+                force=force,
+                progress=progress,
+            )
+            old._engine.set_batching(batching)
+            return old
 
         def plan(adjust: Mapping[str, int]) -> MemoryPlan:
             return memory.plan_config(
                 config,
-                quantize=quantize,
+                form=form,
                 context=context,
                 max_batch=max_batch,
                 devices=devices,
@@ -163,8 +176,10 @@ def load(
             )
 
         planned = _make_room(plan, old, force)
-        resident = take_in(name, source, planned, identity, batching=batching, progress=progress)
-        model = Model(source, planned, resident, _promised)
+        resident = take_in(
+            name, source, config, planned, identity, batching=batching, progress=progress
+        )
+        model = Model(source, resident, _promised)
         _table.pop(name, None)  # so that the table is in the order of loading
         _table[name] = model
         if old is not None:
@@ -176,6 +191,14 @@ _REPLACED = (
     "was replaced by another load under its name: use the model that this load returned "
     "(ik.models() lists it), or give one of the two a name of its own with ik.load(..., name=...)."
 )
+
+
+def _can_become(old: Model, identity: Identity) -> bool:
+    """Whether a loaded model is the one asked for, or of the same files in another precision."""
+    parts = old._resident
+    if parts is None or parts.engine.closed:
+        return False
+    return replace(parts.identity, format=identity.format) == identity
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from inferkit.catalog import Source
 from inferkit.engine.detokenize import Detokenizer
@@ -17,6 +18,7 @@ from inferkit.engine.scheduler import Batching
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import make_runner
 from inferkit.errors import GenerationError, LoadError
+from inferkit.footprint import WeightFormat
 from inferkit.generation import Settings
 from inferkit.loading import (
     FileStates,
@@ -40,7 +42,7 @@ class Identity:
     revision: str | None
     devices: tuple[str, ...]
     dtype: str
-    quantize: str
+    format: WeightFormat
     trust_remote_code: bool
     prefix_reuse: bool
     prefill_chunk: int
@@ -52,6 +54,7 @@ class Resident:
     Args:
         name: The name it is loaded under.
         source: Where its files are.
+        config: The transformers config, as the files have it.
         plan: What was planned for it.
         identity: What it was loaded as.
         loaded: Weights and tokenizer.
@@ -66,6 +69,7 @@ class Resident:
         self,
         name: str,
         source: Source,
+        config: Any,
         plan: MemoryPlan,
         identity: Identity,
         loaded: Loaded,
@@ -73,6 +77,8 @@ class Resident:
     ) -> None:
         self.name = name
         self.source = source
+        self.config = config
+        self.plan = plan
         self.identity = identity
         self.loaded = loaded
         self.pid = os.getpid()
@@ -107,14 +113,17 @@ class Resident:
             arrival=arrival,
         )
 
-    def exchange(
-        self, plan: MemoryPlan, identity: Identity, before: MemoryPlan, *, progress: bool
-    ) -> None:
+    def resize(self, plan: MemoryPlan) -> None:
+        """Give the engine a KV cache of the plan's batch and context: see `Engine.resize`."""
+        self.engine.resize(plan.max_batch, plan.context)
+        self.plan = plan
+
+    def exchange(self, plan: MemoryPlan, identity: Identity, *, progress: bool) -> None:
         """Read the weights again as ``identity`` says, in the place of those in memory.
 
         Requests that run finish first; those that wait go on afterwards. The weights in memory go
         first, so that there are never two. Whatever stops the reading (an interrupt, lack of
-        memory), the former ones are read back, by the plan ``before``.
+        memory), the former ones are read back.
 
         Raises:
             ModelError: The files are no longer those that were loaded; nothing has changed.
@@ -126,13 +135,13 @@ class Resident:
                 "their weights cannot be read again; ik.load them under another name."
             )
         with self.engine.held():
-            former = self.identity
+            former = self.plan, self.identity
             try:
                 self._read(plan, identity, progress)
                 return
             except BaseException as error:
                 problem = failure(error, self.source, plan)
-            undisturbed(lambda: self._put_back(before, former))
+            undisturbed(lambda: self._put_back(*former))
         raise problem
 
     def _read(self, plan: MemoryPlan, identity: Identity, progress: bool) -> None:
@@ -141,8 +150,8 @@ class Resident:
         loaded = load_files(
             self.source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
         )
-        self.loaded, self.identity = loaded, identity
-        self.engine.adopt(_runner(loaded, plan, identity))
+        self.loaded, self.plan, self.identity = loaded, plan, identity
+        self.engine.adopt(_runner(loaded, plan, identity), plan.max_batch, plan.context)
 
     def _put_back(self, plan: MemoryPlan, identity: Identity) -> None:
         try:
@@ -170,7 +179,7 @@ class Resident:
             model=self.name,
             device=", ".join(self.identity.devices),
             dtype=self.identity.dtype,
-            quantization=self.identity.quantize,
+            quantization=str(self.plan.format),
             batching="off" if alone else self.engine.batching,
             max_batch=1 if alone else self.engine.max_batch,
         )
@@ -179,6 +188,7 @@ class Resident:
 def take_in(
     name: str,
     source: Source,
+    config: Any,
     plan: MemoryPlan,
     identity: Identity,
     *,
@@ -194,7 +204,7 @@ def take_in(
         source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
     )
     try:
-        return Resident(name, source, plan, identity, loaded, batching)
+        return Resident(name, source, config, plan, identity, loaded, batching)
     except BaseException as error:
         release(loaded)
         problem = failure(error, source, plan)

@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_be_allocated_leaves_the_old_one(
 # -- replacing ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"quantize": "nf4"}])
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"prefill_chunk": 64}])
 def test_other_weights_take_the_place_of_the_old_ones(folder: Path, other: dict[str, str]) -> None:
     old = ik.load(folder, **OPTIONS)
     new = ik.load(folder, **{**OPTIONS, **other})

@@ -22,7 +22,7 @@ from inferkit.demand import Demand
 from inferkit.devices import find_device
 from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.errors import DeviceError, DoesNotFitError, OptionError, UnsupportedModelError
-from inferkit.footprint import WeightFormat, meta_model, weight_bytes
+from inferkit.footprint import WeightFormat, asked_format, meta_model, weight_bytes
 from inferkit.kv import LayerKV, kv_geometry, read_geometry
 from inferkit.memory import MemoryPlan, context_limit, plan, plan_config
 
@@ -163,7 +163,8 @@ def planned(config, **changes) -> MemoryPlan:
         "dtype": "bfloat16",
         "free": {"cuda:0": 80 * GIB},
     } | changes
-    return plan_config(config, devices=list(settings["free"]), **settings)
+    form = asked_format(settings.pop("quantize"))
+    return plan_config(config, form=form, devices=list(settings["free"]), **settings)
 
 
 # -- KV cache ---------------------------------------------------------------------------------
@@ -613,7 +614,7 @@ def test_modules_that_are_placed_already_stay_where_they_are():
 
 def test_what_will_be_free_and_what_is_promised_change_what_a_device_says():
     def free(**adjust):
-        settings = {"quantize": "none", "context": 64, "max_batch": 1, "dtype": "float32"}
+        settings = {"form": WeightFormat("none"), "context": 64, "max_batch": 1, "dtype": "float32"}
         names = list(adjust) or ["cpu"]
         made = plan_config(CONFIGS["llama"](), devices=names, adjust=adjust, **settings)
         assert made.devices[0].total == free_now.total

@@ -93,6 +93,84 @@ def test_the_same_mode_again_reads_nothing(
     model.quantize("none")
 
 
+def test_scales_are_quantized_again_where_that_is_asked(model: ik.Model) -> None:
+    plain = model.quantize("nf4").plan.weights
+    said = logprobs(model)
+    model.quantize("nf4", double_quant=True)
+    assert len(quantized(model)) == 14
+    assert all(map(nested, quantized(model)))
+    assert model.quantization == "nf4"
+    assert "double_quant=True" in repr(model)
+    assert model.generate("Once", **SIX).settings.quantization == "nf4, double_quant=True"
+    assert logprobs(model) != said
+    assert model.plan.weights != plain
+    assert model.quantize("nf4").plan.weights == plain
+    assert not any(map(nested, quantized(model)))
+    assert logprobs(model) == said
+
+
+def test_weights_are_unpacked_to_the_dtype_asked_for(model: ik.Model) -> None:
+    assert {m.compute_dtype for m in quantized(model.quantize("fp4"))} == {torch.float32}
+    model.quantize("fp4", compute_dtype="bf16")
+    assert {m.compute_dtype for m in quantized(model)} == {torch.bfloat16}
+    assert "compute_dtype=bfloat16" in repr(model)
+
+
+def nested(layer: Any) -> bool:
+    """Whether its scales were quantized, also where a CPU's kernels have unpacked them since."""
+    state = layer.weight.quant_state
+    return bool(getattr(state, "original_nested", state.nested))
+
+
+def quantized(model: ik.Model) -> list[Any]:
+    modules = model._parts.loaded.module.modules()
+    return [m for m in modules if type(m).__name__ == "Linear4bit"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "said"),
+    [
+        ("int8", {"double_quant": True}, "double_quant is a detail of the 4-bit modes"),
+        ("none", {"compute_dtype": "bf16"}, "compute_dtype is a detail of the 4-bit modes"),
+        ("nf4", {"double_quant": "yes"}, "must be True or False"),
+        ("nf4", {"compute_dtype": "int8"}, "compute_dtype='int8' is not supported"),
+    ],
+)
+def test_details_that_a_mode_does_not_have_are_refused(
+    folder: Path, model: ik.Model, mode: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ik.OptionError, match=said):
+        model.quantize(mode, **options)
+    with pytest.raises(ik.OptionError, match=said):
+        ik.plan(folder, quantize=mode, **options)
+    with pytest.raises(ik.OptionError, match=said):
+        ik.load(folder, quantize=mode, name="other", **options)
+    assert model.quantization == "none"
+
+
+def test_what_stays_unquantized_is_told(model: ik.Model) -> None:
+    layers = {n for n, m in model._parts.loaded.module.named_modules() if hasattr(m, "weight")}
+    matrices = {n for n in layers if not n.endswith("norm") and "layernorm" not in n}
+    assert set(model.unquantized) == matrices
+    assert model.quantize("nf4").unquantized == ("model.embed_tokens", "lm_head")
+
+
+def test_a_load_of_another_mode_toggles_the_model_that_is_loaded(folder: Path) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "context": 128, "max_batch": 4}
+    with ik.load(folder, **options) as model:
+        engine = model._engine
+        again = ik.load(folder, **options | {"quantize": "nf4", "max_batch": 2, "context": 96})
+        assert again is model
+        assert model._engine is engine
+        assert (model.quantization, model.max_batch, model.context) == ("nf4", 2, 96)
+        assert (model.plan.quantize, model.plan.max_batch, model.plan.context) == ("nf4", 2, 96)
+        said = tokens(model)
+        assert ik.load(folder, **options, quantize="nf4", double_quant=True) is model
+        assert "double_quant" in repr(model)
+        assert ik.load(folder, **options, quantize="nf4") is model
+        assert tokens(model) == said
+
+
 def test_requests_that_run_finish_before_and_those_that_wait_go_on_after(model: ik.Model) -> None:
     model.configure(max_batch=1)
     alone = model.generate("Once", max_tokens=20, ignore_eos=True)

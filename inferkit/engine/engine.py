@@ -245,10 +245,10 @@ class Engine:
             command.done.cancel()
             self.wake()
 
-    def adopt(self, runner: SlottedRunner | SequentialRunner) -> None:
-        """Go on with another runner of as many slots; only while the engine is `held`."""
+    def adopt(self, runner: SlottedRunner | SequentialRunner, max_batch: int, context: int) -> None:
+        """Go on with another runner, of that many slots; only while the engine is `held`."""
         self.runner = runner
-        self._stepper.adopt(runner)
+        self._stepper.adopt(runner, max_batch, context)
 
     def give_up(self, problem: InferkitError) -> None:
         """End all requests with an error, and take no more; only while the engine is `held`."""

@@ -79,7 +79,6 @@ class Stepper:
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.context = context
         self.on_finish: list[Callable[[Request], None]] = []
         self.broken: InferkitError | None = None
         self._end_ids = end_ids
@@ -88,13 +87,15 @@ class Stepper:
         self._prefix_reuse = prefix_reuse
         self._slots: Slots | None = None
         self._forward_ns = 0
-        self.adopt(runner)
+        self.adopt(runner, scheduler.max_batch, context)
 
     # -- what the engine's loop does ------------------------------------------------------------
 
-    def adopt(self, runner: SlottedRunner | SequentialRunner) -> None:
+    def adopt(self, runner: SlottedRunner | SequentialRunner, max_batch: int, context: int) -> None:
         """Go on with this runner, while nothing runs; what its cache holds is not known."""
         self.runner = runner
+        self.scheduler.max_batch = max_batch
+        self.context = context
         self._slots = None
         if isinstance(runner, SlottedRunner):
             self._slots = Slots(runner.cache, self._prefix_reuse)
@@ -168,14 +169,12 @@ class Stepper:
             _, problem = _attempt(self.runner.resize, max_batch, context)
             if problem is not None:
                 self._put_back(*old)
-            self.adopt(self.runner)
-            if problem is not None:
+                self.adopt(self.runner, *old)
                 raise OutOfMemoryError(
                     f"The KV cache for max_batch={max_batch}, context={context} could not be "
                     f"allocated ({problem}); max_batch={old[0]}, context={old[1]} stay."
                 )
-        self.scheduler.max_batch = max_batch
-        self.context = context
+        self.adopt(self.runner, max_batch, context)
 
     def _put_back(self, slots: int, context: int) -> None:
         """A cache of the old size, where one of another size could not be had."""
