@@ -28,6 +28,8 @@ _MODEL_OPTIONS = (
     "device",
     "dtype",
     "quantize",
+    "double_quant",
+    "compute_dtype",
     "max_batch",
     "context",
     "revision",
@@ -255,6 +257,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
     group.add_argument("--quantize", metavar="MODE", help="none, int8, nf4 or fp4")
+    group.add_argument(
+        "--double-quant", action="store_true", help="quantize the scales of a 4-bit mode again"
+    )
+    group.add_argument(
+        "--compute-dtype", metavar="DTYPE", help="what 4-bit weights are unpacked to"
+    )
     group.add_argument("--context", type=int, metavar="N", help="tokens per request")
     group.add_argument("--max-batch", type=int, metavar="N", help="requests that run together")
     group.add_argument("--revision", help="a branch, tag or commit of the hub")
