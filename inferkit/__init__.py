@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from inferkit.latency import LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
     from inferkit.model import Model
+    from inferkit.quality import Fidelity, fidelity
     from inferkit.registry import load, models
     from inferkit.sampling import SamplingParams
     from inferkit.trace import Latency
@@ -52,6 +53,7 @@ __all__ = [
     "DamagedFileError",
     "DeviceError",
     "DoesNotFitError",
+    "Fidelity",
     "ForkedProcessError",
     "Generation",
     "GenerationError",
@@ -72,6 +74,7 @@ __all__ = [
     "SamplingParams",
     "UnsupportedModelError",
     "devices",
+    "fidelity",
     "load",
     "models",
     "plan",
@@ -79,6 +82,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Fidelity": "inferkit.quality",
     "Generation": "inferkit.generation",
     "Latency": "inferkit.trace",
     "LatencySummary": "inferkit.latency",
@@ -86,6 +90,7 @@ _HOME = {
     "Model": "inferkit.model",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
+    "fidelity": "inferkit.quality",
     "load": "inferkit.registry",
     "models": "inferkit.registry",
     "plan": "inferkit.memory",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from inferkit.catalog import Source
 from inferkit.engine.detokenize import Detokenizer
@@ -31,6 +34,9 @@ from inferkit.loading import (
 )
 from inferkit.memory import MemoryPlan
 from inferkit.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,8 @@ class Resident:
                 return
             except BaseException as error:
                 problem = failure(error, self.source, plan)
-            undisturbed(lambda: self._put_back(*former))
+            with uninterrupted():
+                self._put_back(*former)
         raise problem
 
     def _read(self, plan: MemoryPlan, identity: Identity, progress: bool) -> None:
@@ -162,6 +169,35 @@ class Resident:
                 "on it: unload it, and load the model again with ik.load."
             )
             self.engine.give_up(problem)
+
+    def score(
+        self,
+        sequences: Sequence[Sequence[int]],
+        take: Callable[[int, int, torch.Tensor], None],
+    ) -> None:
+        """Give ``take`` the logits after every token of some sequences, part by part.
+
+        Requests that run finish first; those that wait go on afterwards. An interrupt ends it.
+
+        Args:
+            sequences: Token ids, each shorter than the context.
+            take: Called in this thread with the number of the sequence, the position of the part's
+                first token in it, and the logits [tokens of the part, vocab].
+        """
+        with self.engine.held():
+            try:
+                for index, tokens in enumerate(sequences):
+                    start = 0
+                    for logits in self.engine.runner.score(tokens):
+                        take(index, start, logits)
+                        start += len(logits)
+            finally:
+                self.engine.forget()  # the row of the cache that it took
+
+    def forget_prefixes(self) -> None:
+        """Have the next requests find an empty cache, once what runs has finished."""
+        with self.engine.held():
+            self.engine.forget()
 
     def release(self) -> None:
         """Cancel all requests, and empty the weights as soon as no step works with them."""
@@ -211,15 +247,22 @@ def take_in(
     raise problem
 
 
-def undisturbed(work: Callable[[], None]) -> None:
-    """Run ``work`` to its end in another thread, although somebody may interrupt the wait."""
-    thread = threading.Thread(target=work, name="inferkit-undisturbed", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        try:
-            thread.join(0.25)
-        except KeyboardInterrupt:
-            continue
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold an interrupt (Ctrl-C, the kernel's stop button) back until the body is done."""
+    ours = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    if not ours or not callable(handler):  # interrupts do not come here, or are ignored
+        yield
+        return
+    pressed: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: pressed.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(signal.SIGINT, pressed[0])
 
 
 def _runner(

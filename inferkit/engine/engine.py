@@ -250,6 +250,10 @@ class Engine:
         self.runner = runner
         self._stepper.adopt(runner, max_batch, context)
 
+    def forget(self) -> None:
+        """Keep no prefix of earlier requests; only while the engine is `held`."""
+        self._stepper.adopt(self.runner, self.max_batch, self.context)
+
     def give_up(self, problem: InferkitError) -> None:
         """End all requests with an error, and take no more; only while the engine is `held`."""
         self._stepper.broken = problem

@@ -9,7 +9,7 @@ this way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV
 
 _WIDTHS = 8
+_SCORED = 64  # positions whose logits are there at once; 34 MB at a vocabulary of 262,144 in bf16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class SlottedRunner:
             positions.append([*range(end, end + pad), *range(c.start, end)])
             last.append(end - 1)
         longest = max(max(row) for row in positions)
-        return self._forward([c.slot for c in chunks], tokens, positions, last, longest)
+        return self._forward([c.slot for c in chunks], tokens, positions, last, longest)[:, -1]
 
     def width(self, chunks: Sequence[Chunk]) -> int:
         """How many tokens each row of a prefill has, padding included.
@@ -106,7 +107,19 @@ class SlottedRunner:
             [[p] for p in positions],
             list(positions),
             max(positions),
-        )
+        )[:, -1]
+
+    def score(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the logits after each of a row's tokens, [part, vocab] at a time.
+
+        It takes slot 0, so that nothing may run: see `Engine.held`.
+        """
+        width = min(_SCORED, self.prefill_chunk)
+        for start in range(0, len(tokens), width):
+            part = list(tokens[start : start + width])
+            end = start + len(part)
+            where = list(range(start, end))
+            yield self._forward([0], [part], [where], [end - 1], end - 1, keep=0)[0]
 
     @torch.inference_mode()
     def _forward(
@@ -116,7 +129,9 @@ class SlottedRunner:
         positions: list[list[int]],
         last: list[int],
         longest: int,
+        keep: int = 1,
     ) -> torch.Tensor:
+        """The logits [rows, kept, vocab] after the last ``keep`` tokens, or after all for 0."""
         where = torch.tensor(positions, device=self.device)
         self.cache.begin(View(slots, where, torch.tensor(last, device=self.device), longest))
         masks = self.cache.masks(self.dtype)
@@ -126,9 +141,10 @@ class SlottedRunner:
             position_ids=where,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        return out.logits[:, -1]
+        logits: torch.Tensor = out.logits
+        return logits
 
     def release(self) -> None:
         """Give the cache's memory back."""

@@ -6,7 +6,7 @@ Our sampler chooses each token, so that parameters, timing and cancellation are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,16 @@ class SequentialRunner:
             )
         finally:
             self.module.generation_config = own
+
+    @torch.inference_mode()
+    def _logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        prompt = torch.tensor([list(tokens)], device=self.device)
+        logits: torch.Tensor = self.module(input_ids=prompt, use_cache=False).logits
+        return logits[0]
+
+    def score(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Yield the logits [tokens, vocab] after each of the tokens."""
+        yield self._logits(tokens)
 
     def release(self) -> None:
         """Nothing is held between requests."""
