@@ -350,9 +350,8 @@ def _material(model: Model, prompts: Any, text: str | None, max_tokens: int) -> 
     from inferkit.memory import check_whole
 
     check_whole("max_tokens", max_tokens)
-    given: list[Any] = (
-        list(PROMPTS) if prompts is None else [prompts] if is_one(prompts) else list(prompts)
-    )
+    prompts = PROMPTS if prompts is None else prompts
+    given = [prompts] if is_one(prompts) else list(prompts)
     encoder = model._encoder(model._parts)
     ids = tuple(encoder.prompt(p) for p in given)
     windows = _windows(model, default_text() if text is None else text)
@@ -384,9 +383,8 @@ def _check_vocabulary(model: Model, reference: Model) -> None:
 def _greedy(model: Model, material: Material) -> list[tuple[int, ...]]:
     """The greedy continuations, from an empty cache, so that all models prefill alike."""
     model._parts.forget_prefixes()
-    requests = model.submit(
-        [list(p) for p in material.prompts], max_tokens=material.max_tokens, ignore_eos=True
-    )
+    prompts: Any = material.prompts
+    requests = model.submit(prompts, max_tokens=material.max_tokens, ignore_eos=True)
     try:
         return [r.result().raise_for_error().token_ids for r in requests]
     finally:
