@@ -1,9 +1,7 @@
 """Figures of latency, with plotly: how tokens arrived, how the gaps spread, what the tail is.
 
-Every figure says whose definitions it shows. Backgrounds are transparent and text is mid-grey, so
-that a figure reads on JupyterLab's light and dark theme; the colours are those of Okabe and Ito
-that stand out on both, told apart by colour-blind readers too. A line of many points is thinned,
-and the figure says so.
+Every figure says whose definitions it shows. A line of many points is thinned, and the figure says
+so.
 """
 
 from __future__ import annotations
@@ -12,6 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING
+
+from inferkit.look import BLUE, GREEN, INSIDE, LINES, ORANGE, PURPLE, SKY, VERMILION, finish, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,18 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["itl_distribution", "percentiles", "request_figure", "summary_figure"]
 __all__ += ["tokens_over_time"]
 
-# Okabe and Ito, https://jfly.uni-koeln.de/color/, without its black and yellow: either vanishes on
-# one of the two themes.
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
-_SKY, _VERMILION, _PURPLE = "#56B4E9", "#D55E00", "#CC79A7"
-_LINES = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION)
-_QUANTILES = {"p50": _GREEN, "p90": _ORANGE, "p95": _PURPLE, "p99": _VERMILION}
+_QUANTILES = {"p50": GREEN, "p90": ORANGE, "p95": PURPLE, "p99": VERMILION}
 _SYMBOLS = {"p50": "circle", "p90": "diamond", "p95": "square", "p99": "triangle-right"}
 
 _POINTS_A_LINE = 5_000
 _POINTS_A_FIGURE = 20_000
 _NAMED_REQUESTS = 6
-_INSIDE = {"xref": "x domain", "yref": "y domain", "showarrow": False}
 
 
 def tokens_over_time(latencies: Iterable[Latency]) -> go.Figure:
@@ -48,7 +42,7 @@ def tokens_over_time(latencies: Iterable[Latency]) -> go.Figure:
 
     figure = make_subplots()
     note = _add_tokens_over_time(figure, list(latencies))
-    return _finish(figure, "Tokens over time", "vLLM definitions", note, height=420)
+    return finish(figure, "Tokens over time", "vLLM definitions", note, height=420)
 
 
 def itl_distribution(latencies: Iterable[Latency]) -> go.Figure:
@@ -64,7 +58,7 @@ def itl_distribution(latencies: Iterable[Latency]) -> go.Figure:
     figure = make_subplots(specs=[[{"secondary_y": True}]])
     _add_distribution(figure, gaps, np.ones(len(gaps)), marks, "ITL (ms)", "gaps")
     subtitle = f"vLLM definitions: {len(gaps):,} gaps between successive tokens, requests pooled"
-    return _finish(figure, "Inter-token latency", subtitle, "", height=420)
+    return finish(figure, "Inter-token latency", subtitle, "", height=420)
 
 
 def percentiles(summary: LatencySummary) -> go.Figure:
@@ -73,7 +67,7 @@ def percentiles(summary: LatencySummary) -> go.Figure:
 
     figure = make_subplots()
     _add_percentiles(figure, summary)
-    return _finish(figure, "Latency percentiles", _named(summary), "", height=390)
+    return finish(figure, "Latency percentiles", _named(summary), "", height=390)
 
 
 def request_figure(latency: Latency) -> go.Figure:
@@ -94,7 +88,7 @@ def request_figure(latency: Latency) -> go.Figure:
         if value is not None
     ]
     title = f"Latency of one request, {latency.output_tokens:,} tokens"
-    return _finish(figure, title, " · ".join(["vLLM definitions", *parts]), note, height=440)
+    return finish(figure, title, " · ".join(["vLLM definitions", *parts]), note, height=440)
 
 
 def summary_figure(summary: LatencySummary) -> go.Figure:
@@ -123,7 +117,7 @@ def summary_figure(summary: LatencySummary) -> go.Figure:
     title = f"{summary.completed:,} request{'s' if summary.completed != 1 else ''}"
     if summary.failed:
         title += f", {summary.failed:,} failed"
-    return _finish(figure, title, _named(summary), note, height=780)
+    return finish(figure, title, _named(summary), note, height=780)
 
 
 def _named(summary: LatencySummary) -> str:
@@ -175,7 +169,7 @@ def _add_tokens_over_time(figure: go.Figure, latencies: Sequence[Latency]) -> st
     limit = max(2, min(_POINTS_A_LINE, _POINTS_A_FIGURE // max(1, len(ran))))
     named = len(ran) <= _NAMED_REQUESTS
     firsts = []
-    for (index, one), colour in zip(ran, cycle(_LINES)):
+    for (index, one), colour in zip(ran, cycle(LINES)):
         tokens = one.trace.tokens
         at = _thin(len(tokens), limit)
         seconds = [(one.trace.arrival - start) * 1e-9, *((tokens[i] - start) * 1e-9 for i in at)]
@@ -199,7 +193,7 @@ def _add_tokens_over_time(figure: go.Figure, latencies: Sequence[Latency]) -> st
             name="first token (TTFT)",
             mode="markers",
             marker={
-                "color": colours if named else _BLUE,
+                "color": colours if named else BLUE,
                 "size": 9,
                 "line": {"color": "white", "width": 1},
             },
@@ -229,7 +223,7 @@ def _add_distribution(
     figure.update_xaxes(title_text=label, row=row, col=1)
     figure.update_yaxes(title_text=counted, row=row, col=1, secondary_y=False)
     if not len(values):
-        _say(figure, "no gap: no request has two tokens", row, 1)
+        say(figure, "no gap: no request has two tokens", row, 1)
         return
     counts, edges = np.histogram(values, bins=_bins(values), weights=weights)
     bars = go.Bar(
@@ -237,7 +231,7 @@ def _add_distribution(
         y=counts,
         width=np.diff(edges),
         customdata=np.stack([edges[:-1], edges[1:]], axis=1),
-        marker={"color": _SKY, "line": {"width": 0}},
+        marker={"color": SKY, "line": {"width": 0}},
         opacity=0.75,
         name=label,
         showlegend=False,
@@ -251,7 +245,7 @@ def _add_distribution(
         x=values[order][at],
         y=100 * share[at],
         mode="lines",
-        line={"color": _BLUE, "width": 2, "shape": "hv"},
+        line={"color": BLUE, "width": 2, "shape": "hv"},
         name="share no longer than",
         showlegend=False,
         hovertemplate="%{y:.1f} % take at most %{x:.2f} ms<extra></extra>",
@@ -276,7 +270,7 @@ def _add_distribution(
     )
     figure.add_annotation(
         text="<br>".join(lines),
-        **_INSIDE,
+        **INSIDE,
         x=_widest_space(edges, marks.values()),
         y=0.8,
         xanchor="center",
@@ -355,7 +349,7 @@ def _add_percentiles(
         col=col,
     )
     if not points:
-        _say(figure, "no request has a latency", row, col)
+        say(figure, "no request has a latency", row, col)
         return
     ticks = _log_ticks([value for ms in points.values() for value in ms.values()])
     ends = [math.log10(0.7 * ticks[0]), math.log10(1.6 * ticks[-1])]
@@ -380,7 +374,7 @@ def _add_timeline(figure: go.Figure, latency: Latency) -> str:
     trace = latency.trace
     figure.update_yaxes(title_text="output tokens", rangemode="tozero", row=1, col=1)
     if not trace.tokens:
-        _say(figure, "no token was generated", 1, 1)
+        say(figure, "no token was generated", 1, 1)
         return ""
     unit, per_ns = ("ms", 1e-6) if trace.tokens[-1] - trace.arrival < 10**10 else ("s", 1e-9)
     figure.update_xaxes(title_text=f"time since arrival ({unit})", row=1, col=1)
@@ -389,15 +383,15 @@ def _add_timeline(figure: go.Figure, latency: Latency) -> str:
         x=[0.0, *((trace.tokens[i] - trace.arrival) * per_ns for i in at)],
         y=[0, *(i + 1 for i in at)],
         mode="lines",
-        line={"color": _BLUE, "width": 2.5, "shape": "hv"},
+        line={"color": BLUE, "width": 2.5, "shape": "hv"},
         showlegend=False,
         hovertemplate=f"%{{x:,.4g}} {unit}, %{{y}} tokens<extra></extra>",
     )
     figure.add_trace(line, row=1, col=1)
     scheduled = trace.arrival if trace.scheduled is None else trace.scheduled
     spans = (
-        ("queue", trace.arrival, scheduled, _ORANGE),
-        ("prefill", scheduled, trace.tokens[0], _GREEN),
+        ("queue", trace.arrival, scheduled, ORANGE),
+        ("prefill", scheduled, trace.tokens[0], GREEN),
     )
     for name, start, end, colour in spans:
         x0, x1 = (start - trace.arrival) * per_ns, (end - trace.arrival) * per_ns
@@ -416,7 +410,7 @@ def _add_timeline(figure: go.Figure, latency: Latency) -> str:
         x=[(trace.tokens[0] - trace.arrival) * per_ns],
         y=[1],
         mode="markers",
-        marker={"color": _VERMILION, "size": 10},
+        marker={"color": VERMILION, "size": 10},
         name=f"first token: {ttft}",
         hovertemplate=f"{ttft}<extra></extra>",
     )
@@ -431,14 +425,14 @@ def _add_gaps(figure: go.Figure, latency: Latency) -> str:
     figure.update_xaxes(title_text="token", row=1, col=2)
     figure.update_yaxes(title_text="ITL (ms)", rangemode="tozero", row=1, col=2)
     if not gaps or latency.tpot is None:
-        _say(figure, "no gap: fewer than two tokens", 1, 2)
+        say(figure, "no gap: fewer than two tokens", 1, 2)
         return ""
     at = _thin_to_extremes(gaps, _POINTS_A_LINE)
     line = go.Scatter(
         x=[i + 2 for i in at],  # the first gap is the one before the second token
         y=[gaps[i] for i in at],
         mode="lines+markers" if len(gaps) <= 200 else "lines",
-        line={"color": _BLUE, "width": 1.2},
+        line={"color": BLUE, "width": 1.2},
         marker={"size": 5},
         showlegend=False,
         hovertemplate="token %{x}: %{y:.2f} ms<extra></extra>",
@@ -449,7 +443,7 @@ def _add_gaps(figure: go.Figure, latency: Latency) -> str:
         x=[2, len(gaps) + 1],
         y=[tpot, tpot],
         mode="lines",
-        line={"color": _PURPLE, "width": 2, "dash": "dash"},
+        line={"color": PURPLE, "width": 2, "dash": "dash"},
         name=f"TPOT {tpot:,.1f} ms",
         hovertemplate="TPOT %{y:.2f} ms<extra></extra>",
     )
@@ -461,48 +455,3 @@ def _thinned(count: int) -> str:
     return (
         f"lines thinned to {_POINTS_A_LINE:,} of {count:,} points" if count > _POINTS_A_LINE else ""
     )
-
-
-def _say(figure: go.Figure, text: str, row: int, col: int) -> None:
-    """An empty panel says why it is empty; plotly draws none without a trace."""
-    import plotly.graph_objects as go
-
-    figure.add_trace(go.Scatter(x=[None], y=[None], showlegend=False), row=row, col=col)
-    figure.add_annotation(text=text, **_INSIDE, x=0.5, y=0.5, row=row, col=col)
-    figure.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, row=row, col=col)
-    figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, row=row, col=col)
-
-
-def _finish(figure: go.Figure, title: str, subtitle: str, note: str, height: int) -> go.Figure:
-    """The look that all figures share."""
-    ink, grid = "#7a7a7a", "rgba(128,128,128,.22)"
-    small = " · ".join(part for part in (subtitle, note) if part)
-    has_legend = any(trace.showlegend is not False for trace in figure.data)
-    figure.update_layout(
-        title={
-            "text": f"<b>{title}</b><br><span style='font-size:12px'>{small}</span>",
-            "x": 0.01,
-            "xanchor": "left",
-            "y": 1 - 24 / height,
-            "yanchor": "top",
-            "font": {"size": 16},
-        },
-        height=height,
-        margin={"l": 64, "r": 24, "t": 96, "b": 104 if has_legend else 56},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": ink, "size": 12},
-        legend={
-            "bgcolor": "rgba(0,0,0,0)",
-            "orientation": "h",
-            "yref": "container",
-            "y": 8 / height,
-            "yanchor": "bottom",
-            "x": 0,
-        },
-        bargap=0,
-        hoverlabel={"font": {"size": 12}},
-    )
-    figure.update_xaxes(gridcolor=grid, zerolinecolor=grid, linecolor=grid, showline=True)
-    figure.update_yaxes(gridcolor=grid, zerolinecolor=grid)
-    return figure
