@@ -37,8 +37,10 @@ from inferkit.errors import (
 )
 
 if TYPE_CHECKING:
+    from inferkit.comparison import Comparison
     from inferkit.engine import Request
     from inferkit.generation import Generation
+    from inferkit.grid import compare
     from inferkit.latency import LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
     from inferkit.model import Model
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "DamagedFileError",
     "DeviceError",
     "DoesNotFitError",
@@ -73,6 +76,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "UnsupportedModelError",
+    "compare",
     "devices",
     "fidelity",
     "load",
@@ -82,6 +86,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Comparison": "inferkit.comparison",
     "Fidelity": "inferkit.quality",
     "Generation": "inferkit.generation",
     "Latency": "inferkit.trace",
@@ -90,6 +95,7 @@ _HOME = {
     "Model": "inferkit.model",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
+    "compare": "inferkit.grid",
     "fidelity": "inferkit.quality",
     "load": "inferkit.registry",
     "models": "inferkit.registry",

@@ -17,7 +17,7 @@ from inferkit.devices import out_of_memory, release_memory
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
-from inferkit.quantize import loading_config, release_quantized
+from inferkit.quantize import loading_config, quantized_tensors, release_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +82,16 @@ def load_files(
         module = tokenizer = None
         problem = failure(error, source, plan)
     raise problem
+
+
+def weight_bytes(module: Any) -> int:
+    """Bytes of a model's tensors as they are now; shared ones once."""
+    from inferkit.packing import PackedLinear
+
+    packed = sum(m.packed_bytes for m in module.modules() if isinstance(m, PackedLinear))
+    tensors = [*module.parameters(), *module.buffers(), *quantized_tensors(module)]
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return packed + sum(stored.values())
 
 
 def release(loaded: Loaded) -> None:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from inferkit.devices import out_of_memory
-from inferkit.errors import GenerationError, OptionError, OutOfMemoryError
+from inferkit.errors import GenerationError, OptionError, OutOfMemoryError, PromptError
 from inferkit.html import format_bytes, format_number, table, text_table
 from inferkit.intervals import Interval, bootstrap
 from inferkit.model import Model
@@ -183,10 +183,10 @@ def fidelity(
         OutOfMemoryError, GenerationError: It could not be measured; the mode is as before.
         LoadError, ModelUnloadedError: As for `Model.quantize`.
     """
-    material = _material(model, prompts, text, max_tokens)
+    material = material_of(model, prompts, text, max_tokens)
     if reference is None:
-        with toggled_back(model, progress):
-            kept = _kept_reference(model, material, progress)
+        with settings_back(model, progress):
+            kept = kept_reference(model, material, progress)
     else:
         _check_vocabulary(model, reference)
         kept = Reference(reference, material, progress)
@@ -194,15 +194,23 @@ def fidelity(
 
 
 @contextmanager
-def toggled_back(model: Model, progress: bool) -> Iterator[None]:
-    """Whatever the body toggles, the model has its mode again afterwards."""
-    form = model.plan.format
+def settings_back(model: Model, progress: bool) -> Iterator[None]:
+    """Whatever the body changes, the model has its mode, cache and policy again afterwards."""
+    form, rows, context, policy = (
+        model.plan.format,
+        model.max_batch,
+        model.context,
+        model.batching,
+    )
     try:
         yield
     finally:
-        if model.loaded and model.plan.format != form:
+        if model.loaded:
             with uninterrupted():
-                model._become(format=form, force=True, progress=progress)
+                model._become(
+                    format=form, max_batch=rows, context=context, force=True, progress=progress
+                )
+                model.configure(batching=policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,8 +336,12 @@ class _Told:
 _references: weakref.WeakKeyDictionary[Model, tuple[Any, Reference]] = weakref.WeakKeyDictionary()
 
 
-def _kept_reference(model: Model, material: Material, progress: bool) -> Reference:
-    """What the model says in "none"; toggles it there, unless that is known already."""
+def kept_reference(model: Model, material: Material, progress: bool) -> Reference:
+    """What the model says in "none"; toggles it there, unless that is known already.
+
+    Raises:
+        OptionError: It is stored quantized.
+    """
     parts = model._parts
     if getattr(parts.config, "quantization_config", None) is not None:
         raise OptionError(
@@ -346,17 +358,37 @@ def _kept_reference(model: Model, material: Material, progress: bool) -> Referen
     return made
 
 
-def _material(model: Model, prompts: Any, text: str | None, max_tokens: int) -> Material:
+def material_of(model: Model, prompts: Any, text: str | None, max_tokens: int) -> Material:
+    """What to compare on: the prompts, and windows of the text.
+
+    Raises:
+        OptionError, PromptError: As for `fidelity`.
+    """
     from inferkit.memory import check_whole
 
     check_whole("max_tokens", max_tokens)
-    prompts = PROMPTS if prompts is None else prompts
-    given = [prompts] if is_one(prompts) else list(prompts)
-    encoder = model._encoder(model._parts)
-    ids = tuple(encoder.prompt(p) for p in given)
+    given = several(PROMPTS if prompts is None else prompts)
+    ids = encoded(model, given)
     windows = _windows(model, default_text() if text is None else text)
     names = tuple(p if isinstance(p, str) else f"{len(p)} tokens" for p in given)
     return Material(windows, ids, ("text",) * len(windows) + names, max_tokens)
+
+
+def several(prompts: Any) -> list[Any]:
+    """One prompt or several, as a list."""
+    return [prompts] if is_one(prompts) else list(prompts)
+
+
+def encoded(model: Model, prompts: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of prompts.
+
+    Raises:
+        PromptError: One is empty or too long, or there is none.
+    """
+    if not prompts:
+        raise PromptError("The list of prompts is empty; give one prompt or more.")
+    encoder = model._encoder(model._parts)
+    return tuple(encoder.prompt(p) for p in prompts)
 
 
 def _windows(model: Model, text: str) -> tuple[tuple[int, ...], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from inferkit.footprint import WeightFormat
@@ -61,12 +61,27 @@ def unquantized(module: Any) -> tuple[str, ...]:
     )
 
 
-def release_quantized(module: Any) -> None:
-    """Drop the tensors that bitsandbytes hangs on a model's parameters and layers.
+def quantized_tensors(module: Any) -> Iterator[Any]:
+    """The tensors that bitsandbytes hangs on a model's parameters and layers.
 
     They are no parameters themselves: scales and code tables (``quant_state``), and the 8-bit
     weights that a layer's matmul keeps to itself (``state``).
     """
+    holders = [*module.parameters(), *(getattr(m, "state", None) for m in module.modules())]
+    for holder in holders:
+        quant_state = getattr(holder, "quant_state", None)
+        nested = getattr(quant_state, "state2", None)
+        for owner, names in (
+            (holder, ("CB", "SCB")),
+            (quant_state, ("absmax", "code", "offset")),
+            (nested, ("absmax", "code")),
+        ):
+            found = (getattr(owner, name, None) for name in names)
+            yield from (tensor for tensor in found if hasattr(tensor, "untyped_storage"))
+
+
+def release_quantized(module: Any) -> None:
+    """Drop what `quantized_tensors` gives."""
     for tensor in module.parameters():
         for name in ("quant_state", "CB", "SCB"):
             if getattr(tensor, name, None) is not None:

@@ -31,6 +31,7 @@ from inferkit.loading import (
     load_files,
     release,
     release_weights,
+    weight_bytes,
 )
 from inferkit.memory import MemoryPlan
 from inferkit.sampling import SamplingParams
@@ -98,6 +99,11 @@ class Resident:
             settings=self._settings,
             name=name,
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights and of the KV cache, as measured on the tensors."""
+        return weight_bytes(self.loaded.module) + self.engine.runner.nbytes
 
     @property
     def fallback(self) -> str | None:

@@ -146,6 +146,11 @@ class SlottedRunner:
         logits: torch.Tensor = out.logits
         return logits
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the KV cache."""
+        return self.cache.nbytes
+
     def release(self) -> None:
         """Give the cache's memory back."""
         self.cache.release()

@@ -58,6 +58,11 @@ class SequentialRunner:
         """Yield the logits [tokens, vocab] after each of the tokens."""
         yield self._logits(tokens)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV cache between requests: none."""
+        return 0
+
     def release(self) -> None:
         """Nothing is held between requests."""
 
