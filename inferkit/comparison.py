@@ -39,6 +39,11 @@ class Figure:
     scale: float = 1.0
     more_is_better: bool = False
 
+    @property
+    def plain_label(self) -> str:
+        """The label without its unit."""
+        return self.label if self.more_is_better else self.label.rpartition(" ")[0]
+
 
 FIGURES = {
     f.name: f
@@ -301,16 +306,22 @@ class Comparison:
         return table(self._header(), self._rows(), caption=self._title(), note=note)
 
     def _title(self) -> str:
+        policy = f", batching {self.cells[0].batching}" if len(self._policies) == 1 else ""
         return (
-            f"{self.model} on {self.device}, {self.dtype}: {self.prompts} prompts at once, "
+            f"{self.model} on {self.device}, {self.dtype}{policy}: {self.prompts} prompts at once, "
             f"{self.max_tokens} tokens each"
         )
+
+    @property
+    def _policies(self) -> set[str]:
+        return {cell.batching for cell in self.cells}
 
     def _header(self) -> tuple[str, ...]:
         quality = ("KL nats", "top-1", "perplexity") if self.fidelity else ()
         timed = (FIGURES[name].label for name in _SHOWN)
         memory = FIGURES["memory"].label
-        return ("mode", "batching", "batch", *timed, "TPOT / none", memory, *quality, "front", "n")
+        policy = ("batching",) if len(self._policies) > 1 else ()
+        return ("front", "mode", *policy, "batch", *timed, "TPOT / none", memory, *quality, "n")
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         front = self.front()
@@ -324,15 +335,16 @@ class Comparison:
                     "-" if math.isnan(top1) else f"{top1:.1%}",
                     format_number(q["perplexity"]),
                 )
+            policy = (cell.batching,) if len(self._policies) > 1 else ()
             yield (
+                "●" if cell in front else "",
                 cell.quantize,
-                cell.batching,
+                *policy,
                 str(cell.max_batch),
                 *(_spelled(self.shown(cell, name)) for name in _SHOWN),
                 "1" if cell.quantize == "none" else _spelled(self._against_none(cell)),
                 format_number(self.shown(cell, "memory").value),
                 *quality,
-                "yes" if cell in front else "",
                 str(len(self.runs_of(cell))),
             )
 
@@ -345,11 +357,12 @@ class Comparison:
             yield self.note
 
     def _explained(self) -> str:
+        objectives = ", ".join(FIGURES[name].plain_label for name in self.objectives)
         return (
             "Median over n interleaved rounds [95 % bootstrap interval]. TTFT, TPOT as vllm bench "
             "serve defines them, over the requests of a run. TPOT / none: within rounds. Memory: "
             "tensors of weights and KV cache. Front: no other row is better by more than noise in "
-            f"one of {', '.join(self.objectives)} and worse in none."
+            f"one of {objectives}, and worse in none."
         )
 
     def _against_none(self, cell: Cell) -> Interval:
@@ -376,9 +389,13 @@ def _check_figure(name: str) -> None:
 
 def _spelled(found: Interval) -> str:
     if math.isnan(found.value) or math.isnan(found.low):
-        return format_number(found.value)
-    ends = f"{format_number(found.low)}–{format_number(found.high)}"
-    return f"{format_number(found.value)} [{ends}]"
+        return _digits(found.value)
+    return f"{_digits(found.value)} [{_digits(found.low)}–{_digits(found.high)}]"
+
+
+def _digits(value: float) -> str:
+    """Three digits are more than such measurements have."""
+    return f"{value:,.0f}" if value >= 100 else format_number(value)
 
 
 def _plain(found: Interval) -> dict[str, Any]:

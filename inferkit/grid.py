@@ -164,11 +164,7 @@ class _Grid:
                     bar.set_description(f"round {number + 1}, {cell}")
                     self._attempt(cell, lambda cell=cell: self._visit(cell, number))
                 bar.update()
-            if (
-                self.material is not None
-                and mode not in self.fidelity
-                and not self._all_failed(mode)
-            ):
+            if self._lacks_fidelity(mode):
                 bar.set_description(f"fidelity of {mode}")
                 self._attempt(None, lambda mode=mode: self._measure_fidelity(mode))
 
@@ -212,8 +208,11 @@ class _Grid:
     def _measure_fidelity(self, mode: str) -> None:
         self.fidelity[mode] = self._reference().compare(self.model, progress=False)
 
-    def _all_failed(self, mode: str) -> bool:
-        return all(c in self.failed for c in self.cells if c.quantize == mode)
+    def _lacks_fidelity(self, mode: str) -> bool:
+        """Whether the model, which is in this mode now, is still to be compared."""
+        if self.material is None or mode in self.fidelity:
+            return False
+        return not all(cell in self.failed for cell in self.cells if cell.quantize == mode)
 
 
 def _cells(model: Model, quantize: Any, max_batch: Any, batching: Any) -> list[Cell]:

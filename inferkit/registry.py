@@ -19,7 +19,7 @@ from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
-from inferkit.footprint import asked_format
+from inferkit.footprint import asked_format, weight_format
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK
 from inferkit.loading import file_states
@@ -128,12 +128,13 @@ def load(
     """
     memory.check_known(unknown, load)
     check_batching(batching, max_batch)
-    form = asked_format(quantize, double_quant, compute_dtype)
+    asked = asked_format(quantize, double_quant, compute_dtype)
     memory.check_whole("prefill_chunk", prefill_chunk)
     _check_name(name)
     _refuse_fork()
     devices = tuple(resolve_device(device))
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
+    form, _ = weight_format(config, asked)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)

@@ -346,6 +346,10 @@ def test_what_is_stored_quantized_says_that_it_stays_so(
     )
     with ik.load(tmp_path / "stored", context=128, max_batch=2) as model:
         said = model.generate("Once", **SIX).token_ids
-        with pytest.raises(ik.OptionError, match="stored quantized"):
-            model.quantize("int8")
+        assert model.quantization == model.generate("Once", **SIX).settings.quantization == "nf4"
+        assert ik.load(tmp_path / "stored", context=128, max_batch=2) is model
+        assert model.quantize("nf4") is model
+        for mode in ("int8", "none"):
+            with pytest.raises(ik.OptionError, match="stored quantized"):
+                model.quantize(mode)
         assert model.generate("Once", **SIX).token_ids == said
