@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,6 @@ FIGURES = {
     )
 }
 _TIMED = ("ttft_p50", "ttft_p99", "tpot_p50", "tpot_p99", "tokens_per_second")
-_SHOWN = ("ttft_p50", "tpot_p50", "tpot_p99", "tokens_per_second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +128,7 @@ class Comparison:
         fidelity: Mode -> `Fidelity`; empty where it was not asked for.
         failed: Cell -> why it could not be run.
         rounds: Rounds that were asked for.
-        prompts: Requests per run.
-        max_tokens: Tokens generated per request.
+        max_tokens: Tokens generated for each prompt.
         note: What else the reader must know, or "".
     """
 
@@ -141,14 +139,18 @@ class Comparison:
     fidelity: Mapping[str, Fidelity]
     failed: Mapping[Cell, str]
     rounds: int
-    prompts: int
-    max_tokens: int
+    max_tokens: tuple[int, ...]
     note: str = ""
 
     @cached_property
     def cells(self) -> tuple[Cell, ...]:
         """The cells that were run at least once, in the order of the grid."""
         return tuple(dict.fromkeys(run.cell for run in sorted(self.runs, key=lambda r: r.round)))
+
+    @property
+    def prompts(self) -> int:
+        """Requests per run."""
+        return len(self.max_tokens)
 
     @property
     def complete(self) -> bool:
@@ -270,7 +272,7 @@ class Comparison:
             "dtype": self.dtype,
             "rounds": self.rounds,
             "prompts": self.prompts,
-            "max_tokens": self.max_tokens,
+            "max_tokens": list(self.max_tokens),
             "complete": self.complete,
             "note": self.note,
             "objectives": list(self.objectives),
@@ -306,47 +308,49 @@ class Comparison:
         return table(self._header(), self._rows(), caption=self._title(), note=note)
 
     def _title(self) -> str:
-        policy = f", batching {self.cells[0].batching}" if len(self._policies) == 1 else ""
+        least, most = min(self.max_tokens), max(self.max_tokens)
+        length = f"{most}" if least == most else f"{least} to {most}"
+        policies = {cell.batching for cell in self.cells}
+        policy = f", batching {policies.pop()}" if len(policies) == 1 else ""
         return (
             f"{self.model} on {self.device}, {self.dtype}{policy}: {self.prompts} prompts at once, "
-            f"{self.max_tokens} tokens each"
+            f"{length} tokens each"
         )
 
-    @property
-    def _policies(self) -> set[str]:
-        return {cell.batching for cell in self.cells}
-
     def _header(self) -> tuple[str, ...]:
-        quality = ("KL nats", "top-1", "perplexity") if self.fidelity else ()
-        timed = (FIGURES[name].label for name in _SHOWN)
-        memory = FIGURES["memory"].label
-        policy = ("batching",) if len(self._policies) > 1 else ()
-        return ("front", "mode", *policy, "batch", *timed, "TPOT / none", memory, *quality, "n")
+        return ("front", *self._columns().keys(), "n")
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         front = self.front()
+        columns = self._columns().values()
         for cell in self.cells:
-            quality: tuple[str, ...] = ()
-            if self.fidelity:
-                q = self._quality(cell)
-                top1 = q["top1_agreement"]
-                quality = (
-                    format_number(self.figure(cell, "kl").value),
-                    "-" if math.isnan(top1) else f"{top1:.1%}",
-                    format_number(q["perplexity"]),
-                )
-            policy = (cell.batching,) if len(self._policies) > 1 else ()
-            yield (
-                "●" if cell in front else "",
-                cell.quantize,
-                *policy,
-                str(cell.max_batch),
-                *(_spelled(self.shown(cell, name)) for name in _SHOWN),
-                "1" if cell.quantize == "none" else _spelled(self._against_none(cell)),
-                format_number(self.shown(cell, "memory").value),
-                *quality,
-                str(len(self.runs_of(cell))),
-            )
+            mark = "●" if cell in front else ""
+            yield (mark, *(show(cell) for show in columns), str(len(self.runs_of(cell))))
+
+    def _columns(self) -> dict[str, Callable[[Cell], str]]:
+        """Title -> what a cell shows there; what decides comes first, for narrow pages."""
+
+        def figure(name: str) -> dict[str, Callable[[Cell], str]]:
+            return {FIGURES[name].label: lambda cell: _spelled(self.shown(cell, name))}
+
+        def quality(name: str, spelled: str) -> Callable[[Cell], str]:
+            return lambda cell: _spelled_as(spelled, self._quality(cell)[name])
+
+        policies = {cell.batching for cell in self.cells}
+        columns: dict[str, Callable[[Cell], str]] = {"mode": lambda cell: cell.quantize}
+        if len(policies) > 1:
+            columns["batching"] = lambda cell: cell.batching
+        columns["batch"] = lambda cell: str(cell.max_batch)
+        columns |= figure("tpot_p50")
+        columns["TPOT / none"] = lambda cell: _spelled(self._against_none(cell))
+        columns |= figure("tokens_per_second") | figure("memory")
+        if self.fidelity:
+            columns |= figure("kl")
+        columns |= figure("ttft_p50") | figure("tpot_p99")
+        if self.fidelity:
+            columns["top-1"] = quality("top1_agreement", ".1%")
+            columns["perplexity"] = quality("perplexity", ",.2f")
+        return columns
 
     def _failures(self) -> Iterator[str]:
         for cell, why in self.failed.items():
@@ -388,9 +392,13 @@ def _check_figure(name: str) -> None:
 
 
 def _spelled(found: Interval) -> str:
-    if math.isnan(found.value) or math.isnan(found.low):
+    if math.isnan(found.value) or math.isnan(found.low) or found.low == found.high:
         return _digits(found.value)
     return f"{_digits(found.value)} [{_digits(found.low)}–{_digits(found.high)}]"
+
+
+def _spelled_as(form: str, value: float) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _digits(value: float) -> str:

@@ -44,7 +44,7 @@ def compare(
     batching: str | Sequence[str] | None = None,
     *,
     prompts: Any = None,
-    max_tokens: int = 32,
+    max_tokens: int | Sequence[int] = 32,
     repeat: int = 5,
     fidelity: bool = True,
     progress: bool = True,
@@ -68,7 +68,8 @@ def compare(
         batching: Policies; None for the present one.
         prompts: Text or token ids, or a list of either; None for passages of English prose, as many
             as the largest batch has rows and at least 8.
-        max_tokens: Tokens per request, 2 or more.
+        max_tokens: Tokens per request, 2 or more; or a list of such numbers, one per prompt, for
+            only requests of unequal length tell "static" from "continuous".
         repeat: Rounds. An interval says little where there are fewer than 5.
         fidelity: Also measure each mode's `inferkit.fidelity`, once.
         progress: Show a progress bar.
@@ -85,15 +86,15 @@ def compare(
     """
     check_known(unknown, compare)
     check_whole("repeat", repeat)
-    check_whole("max_tokens", max_tokens, 2, "TPOT is the time between two")
     cells = _cells(model, quantize, max_batch, batching)
     if prompts is None:
         prompts = _passages(max(_LEAST_PROMPTS, *(cell.max_batch for cell in cells)))
     ids = encoded(model, several(prompts))
+    lengths = _lengths(max_tokens, len(ids))
     material = None
     if fidelity and any(cell.quantize != "none" for cell in cells):
-        material = material_of(model, ids[:_COMPARED_PROMPTS], None, max_tokens)
-    grid = _Grid(model, cells, ids, max_tokens, material, repeat, progress)
+        material = material_of(model, ids[:_COMPARED_PROMPTS], None, max(lengths))
+    grid = _Grid(model, cells, ids, lengths, material, repeat, progress)
     with settings_back(model, progress=False):
         grid.run()
     return grid.comparison()
@@ -106,7 +107,7 @@ class _Grid:
     model: Model
     cells: list[Cell]
     prompts: tuple[tuple[int, ...], ...]
-    max_tokens: int
+    max_tokens: tuple[int, ...]
     material: Material | None
     repeat: int
     progress: bool
@@ -152,7 +153,6 @@ class _Grid:
             fidelity=dict(self.fidelity),
             failed=dict(self.failed),
             rounds=self.repeat,
-            prompts=count,
             max_tokens=self.max_tokens,
             note=" ".join(self.notes),
         )
@@ -186,12 +186,12 @@ class _Grid:
         model._become(format=asked_format(cell.quantize), max_batch=cell.max_batch)
         batching: Any = cell.batching
         model.configure(batching=batching)
-        self._generate(_WARM_UP_TOKENS)
+        self._generate((_WARM_UP_TOKENS,) * len(self.prompts))
         model._parts.forget_prefixes()
         latencies = self._generate(self.max_tokens)
         self.runs.append(Run(cell, number, latencies, model._parts.nbytes))
 
-    def _generate(self, max_tokens: int) -> tuple[Any, ...]:
+    def _generate(self, max_tokens: tuple[int, ...]) -> tuple[Any, ...]:
         """The latencies of all prompts, submitted at one moment."""
         prompts: Any = self.prompts
         requests = self.model.submit(prompts, max_tokens=max_tokens, ignore_eos=True)
@@ -230,6 +230,17 @@ def _cells(model: Model, quantize: Any, max_batch: Any, batching: Any) -> list[C
     alone = {("off", 1): None} if "off" in policies else {}
     shared = {(p, s): None for p in policies if p != "off" for s in sizes}
     return [Cell(mode, p, s) for mode in modes for p, s in [*shared, *alone]]
+
+
+def _lengths(max_tokens: Any, count: int) -> tuple[int, ...]:
+    each = list(max_tokens) if isinstance(max_tokens, Sequence) else [max_tokens] * count
+    for tokens in each:
+        check_whole("max_tokens", tokens, 2, "TPOT is the time between two")
+    if len(each) != count:
+        raise OptionError(
+            f"max_tokens has {len(each)} entries for {count} prompts; give one for each."
+        )
+    return tuple(each)
 
 
 def _several(name: str, given: Any, default: Sequence[Any]) -> list[Any]:

@@ -14,7 +14,7 @@ _RESAMPLES = 2000
 _AT_ONCE = 1 << 22  # values drawn together
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Interval:
     """A figure and where it may as well lie.
 
@@ -31,7 +31,7 @@ class Interval:
     high: float
     n: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, n={self.n})"
 
     def excludes(self, value: float) -> bool:

@@ -161,7 +161,8 @@ class Model:
         Args:
             prompt: Text or token ids; or a list of either.
             sampling: Parameters to start from; "model" for the model's own defaults.
-            options: Any field of `SamplingParams`; ``seed`` may be a list, one per prompt.
+            options: Any field of `SamplingParams`; ``seed`` and ``max_tokens`` may be lists, one
+                entry per prompt.
 
         Returns:
             A Generation, or a list of them in the order of the prompts.

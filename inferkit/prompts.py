@@ -26,13 +26,19 @@ def is_one(prompt: Any) -> bool:
 
 
 def options_of_each(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The options of each of several prompts: ``seed`` may be given one by one."""
-    seeds = options.get("seed")
-    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
-        return [dict(options)] * count
-    if len(seeds) != count:
-        raise OptionError(f"seed has {len(seeds)} entries for {count} prompts; give one for each.")
-    return [{**options, "seed": s} for s in seeds]
+    """The options of each of several prompts: ``seed`` and ``max_tokens`` may be one for each."""
+    each = [dict(options) for _ in range(count)]
+    for name in ("seed", "max_tokens"):
+        values = options.get(name)
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            continue
+        if len(values) != count:
+            raise OptionError(
+                f"{name} has {len(values)} entries for {count} prompts; give one for each."
+            )
+        for one, value in zip(each, values):
+            one[name] = value
+    return each
 
 
 @dataclass(frozen=True, slots=True)

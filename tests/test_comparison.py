@@ -44,8 +44,7 @@ def comparison(runs: list[Run], rounds: int = 5, **options: Any) -> Comparison:
         dtype="bfloat16",
         runs=tuple(runs),
         rounds=rounds,
-        prompts=2,
-        max_tokens=5,
+        max_tokens=(5, 5),
         **given,
     )
 
@@ -158,7 +157,7 @@ def test_the_policy_is_a_column_only_where_there_are_several() -> None:
     both = comparison([*rounds_of(NONE, STEADY), *rounds_of(static, STEADY)])
     assert "batching" in repr(both).splitlines()[1]
     alone = repr(comparison(rounds_of(NONE, STEADY))).splitlines()
-    assert "batching continuous" in alone[0]
+    assert "batching continuous: 2 prompts at once, 5 tokens each" in alone[0]
     assert "batching" not in alone[1]
 
 

@@ -90,6 +90,17 @@ def test_without_lists_it_compares_all_modes_as_the_model_is(model: ik.Model) ->
     assert made.prompts == 8
 
 
+def test_requests_of_unequal_length_tell_the_policies_apart(model: ik.Model) -> None:
+    unequal = {**QUICK, "max_tokens": [2, 40, 2]}
+    made = ik.compare(model, "none", 2, ["continuous", "static"], fidelity=False, **unequal)
+    for run in made.runs:
+        assert [one.output_tokens for one in run.latencies] == [2, 40, 2]
+        *_, long, last = (one.trace for one in run.latencies)
+        waited = last.scheduled is not None and last.scheduled >= long.finished
+        assert waited == (run.cell.batching == "static")
+    assert "2 to 40 tokens each" in repr(made)
+
+
 def test_off_is_one_cell_whatever_the_batch_sizes(model: ik.Model) -> None:
     made = ik.compare(model, "none", [2, 4], ["continuous", "off"], fidelity=False, **QUICK)
     assert [(c.batching, c.max_batch) for c in made.cells] == [
@@ -223,6 +234,8 @@ def test_what_is_stored_quantized_is_compared_in_its_own_mode(
         ({"batching": "dynamic"}, ik.OptionError, "dynamic"),
         ({"repeat": 0}, ik.OptionError, "repeat=0"),
         ({"max_tokens": 1}, ik.OptionError, "max_tokens=1"),
+        ({"max_tokens": [2, 2]}, ik.OptionError, "2 entries for 3 prompts"),
+        ({"max_tokens": [2, "8", 2]}, ik.OptionError, "max_tokens='8'"),
         ({"repeats": 3}, ik.OptionError, "repeat"),
         ({"prompts": []}, ik.PromptError, "empty"),
         ({"prompts": ["a", ""]}, ik.PromptError, "empty"),

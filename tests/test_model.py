@@ -96,6 +96,13 @@ def test_text_and_its_token_ids_give_the_same(model: ik.Model) -> None:
     assert model.generate("The moon is", **SIX).token_ids == model.generate(ids, **SIX).token_ids
 
 
+def test_each_prompt_can_have_a_length_of_its_own(model: ik.Model) -> None:
+    gens = model.generate(["dice"] * 3, max_tokens=[1, 5, 3], ignore_eos=True)
+    assert [len(g.token_ids) for g in gens] == [1, 5, 3]
+    with pytest.raises(ik.OptionError, match="max_tokens has 2 entries for 3 prompts"):
+        model.generate(["dice"] * 3, max_tokens=[1, 2])
+
+
 def test_each_prompt_can_have_a_seed_of_its_own(model: ik.Model) -> None:
     gens = model.generate(["dice"] * 3, seed=[1, 2, 1], temperature=1.5, **SIX)
     assert [g.seed for g in gens] == [1, 2, 1]

@@ -1,4 +1,4 @@
-"""The quickstart, executed as `make demo` executes it, and the copy of it that is committed."""
+"""The notebooks, executed as `make demo` does it, and the copies of them that are committed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "notebooks" / "01-quickstart.ipynb"
+QUANTIZATION = ROOT / "notebooks" / "02-quantization.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/\S+")
 
@@ -78,9 +80,9 @@ def shape(notebook: NotebookNode) -> list[tuple[str, list[set[str]]]]:
 # -- the committed copy ---------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def committed() -> NotebookNode:
-    notebook = nbformat.read(QUICKSTART, as_version=4)
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def committed(request: pytest.FixtureRequest) -> NotebookNode:
+    notebook = nbformat.read(request.param, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
@@ -102,10 +104,9 @@ def test_committed_copy_names_no_path_of_a_machine(committed: NotebookNode) -> N
     assert MACHINE_PATH.findall(nbformat.writes(committed)) == []
 
 
-def test_committed_figures_have_pictures_for_places_without_plotly() -> None:
-    notebook = nbformat.read(QUICKSTART, as_version=4)
-    figures = [o.data for o in outputs(notebook) if PLOTLY in o.get("data", {})]
-    assert len(figures) >= 2
+def test_committed_figures_have_pictures_for_places_without_plotly(committed: NotebookNode) -> None:
+    figures = [o.data for o in outputs(committed) if PLOTLY in o.get("data", {})]
+    assert figures
     for data in figures:
         assert base64.b64decode(data[PNG]).startswith(b"\x89PNG")
 
@@ -135,11 +136,8 @@ class TestQuickstart:
         assert path is not None
         assert Path(path[1]).read_text(encoding="utf-8") == fresh.page
 
-    def test_every_cell_shows_what_its_committed_copy_shows(
-        self, fresh: Run, committed: NotebookNode
-    ) -> None:
-        assert [o for o in outputs(fresh.notebook) if o.output_type == "error"] == []
-        assert shape(fresh.notebook) == shape(committed)
+    def test_every_cell_shows_what_its_committed_copy_shows(self, fresh: Run) -> None:
+        assert_like_its_committed_copy(fresh)
 
     def test_the_model_answers_and_what_is_stopped_keeps_its_text(self, fresh: Run) -> None:
         assert "Paris" in printed(cell_with(fresh.notebook, "model.stream"))
@@ -155,6 +153,29 @@ class TestQuickstart:
         assert outside == []
         drawn = fresh.page.count("Plotly.newPlot(")
         assert drawn >= sum(PLOTLY in o.get("data", {}) for o in outputs(fresh.notebook)) >= 2
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_quantization_notebook_compares_the_modes_on_the_demo_model(
+    demo_model_path: Path, tmp_path: Path
+) -> None:
+    fresh = run(QUANTIZATION, tmp_path)
+    assert fresh.status == 0, fresh.stderr
+    assert_like_its_committed_copy(fresh)
+    notebook = fresh.notebook
+    assert printed(cell_with(notebook, 'quantize("none"')) == "True"
+    assert printed(cell_with(notebook, "model.unquantized")) == "('model.embed_tokens', 'lm_head')"
+    table = fresh.stdout
+    for mode in ("none", "int8", "nf4", "fp4"):
+        assert len(re.findall(rf"^●? +{mode} +[14] ", table, re.MULTILINE)) == 2
+    # Whatever the speed, none is the most faithful of all.
+    assert len(re.findall(r"^● +none ", table, re.MULTILINE)) == 2
+
+
+def assert_like_its_committed_copy(fresh: Run) -> None:
+    assert [o for o in outputs(fresh.notebook) if o.output_type == "error"] == []
+    assert shape(fresh.notebook) == shape(nbformat.read(fresh.source, as_version=4))
 
 
 @pytest.mark.demo
