@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from inferkit.latency import LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
     from inferkit.model import Model
-    from inferkit.quality import Fidelity, fidelity
+    from inferkit.quality import Fidelity
+    from inferkit.reference import fidelity
     from inferkit.registry import load, models
     from inferkit.sampling import SamplingParams
     from inferkit.trace import Latency
@@ -96,7 +97,7 @@ _HOME = {
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
     "compare": "inferkit.grid",
-    "fidelity": "inferkit.quality",
+    "fidelity": "inferkit.reference",
     "load": "inferkit.registry",
     "models": "inferkit.registry",
     "plan": "inferkit.memory",

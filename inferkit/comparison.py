@@ -12,13 +12,12 @@ from inferkit.errors import OptionError
 from inferkit.html import format_number, listed, table, text_table
 from inferkit.intervals import Interval, bootstrap
 from inferkit.latency import LatencySummary, summarize
+from inferkit.quality import Fidelity
 from inferkit.trace import Latency
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-    from inferkit.quality import Fidelity
 
 __all__ = ["FIGURES", "Cell", "Comparison", "Figure", "Run"]
 

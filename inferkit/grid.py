@@ -14,8 +14,8 @@ from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
 from inferkit.footprint import QUANTIZE_MODES, asked_format
 from inferkit.memory import check_known, check_whole
 from inferkit.model import Model
-from inferkit.quality import (
-    Fidelity,
+from inferkit.quality import Fidelity
+from inferkit.reference import (
     Material,
     Reference,
     default_text,

@@ -16,7 +16,7 @@ import transformers
 from held import held, interrupt, wait_until
 
 import inferkit as ik
-from inferkit import quality
+from inferkit import reference
 from inferkit.intervals import bootstrap
 
 PROMPTS = [[5, 6, 7], list(range(10, 40))]
@@ -100,9 +100,9 @@ def test_the_mode_is_as_before_and_the_reference_is_made_once(
     model: ik.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    real = quality.Reference.__init__
+    real = reference.Reference.__init__
     monkeypatch.setattr(
-        quality.Reference, "__init__", lambda self, *a: (made.append(self), real(self, *a))[1]
+        reference.Reference, "__init__", lambda self, *a: (made.append(self), real(self, *a))[1]
     )
     model.quantize("nf4", double_quant=True)
     first = ik.fidelity(model, PROMPTS, text=TEXT)
@@ -134,7 +134,7 @@ def test_rings_and_models_that_run_alone_are_measured_alike(
 def test_a_long_text_is_read_in_windows_that_begin_anew(model: ik.Model) -> None:
     said = ik.fidelity(model, PROMPTS[:1], text=TEXT * 8)
     count = len(model.tokenizer(TEXT * 8, add_special_tokens=False)["input_ids"])
-    windows = [s.positions for s in said.sequences if s.source == "text"]
+    windows = [s.positions for s in said.sequences if s.prompt is None]
     assert len(windows) == math.ceil(count / 127)
     assert max(windows) <= 127
 
@@ -143,12 +143,12 @@ def test_an_interrupt_brings_the_mode_back(
     model: ik.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model.quantize("nf4")
-    real = quality._log_probs
-    monkeypatch.setattr(quality, "_log_probs", lambda x: (interrupt(), real(x))[1])
+    real = reference._log_probs
+    monkeypatch.setattr(reference, "_log_probs", lambda x: (interrupt(), real(x))[1])
     with pytest.raises(KeyboardInterrupt):
         ik.fidelity(model, PROMPTS, text=TEXT)
     assert model.quantization == "nf4"
-    monkeypatch.setattr(quality, "_log_probs", real)
+    monkeypatch.setattr(reference, "_log_probs", real)
     assert ik.fidelity(model, PROMPTS, text=TEXT).kl.value > 0
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_is_told_and_the_mode_is_back(
         def write(self, _: memoryview) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(quality.tempfile, "TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(reference.tempfile, "TemporaryFile", lambda **_: Full())
     model.quantize("nf4")
     with pytest.raises(ik.GenerationError, match=r"No space left.*TMPDIR"):
         ik.fidelity(model, PROMPTS, text=TEXT)
@@ -257,7 +257,7 @@ def test_it_reads_as_text_html_json_and_a_frame(model: ik.Model) -> None:
     assert "nats per token" in said._repr_html_()
     plain = json.loads(json.dumps(said.to_dict()))
     assert plain["kl"]["value"] == said.kl.value
-    assert list(said.to_frame()["source"]) == ["text", "3 tokens", "30 tokens"]
+    assert list(said.to_frame()["prompt"].fillna("")) == ["", "3 tokens", "30 tokens"]
 
 
 def test_the_intervals_cover_what_they_should() -> None:
