@@ -28,7 +28,7 @@ from typing import Any
 
 from memory import fill
 
-MODES = ("none", "int8", "nf4")
+MODES = ("none", "int8", "nf4", "fp4")
 _PAGE = 4096
 _SIZE = {"vocab_size": 32_000, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 

@@ -22,6 +22,7 @@ def markdown(results: dict[str, Any]) -> str:
         "overhead": _overhead,
         "memory": _memory,
         "plan": _plan,
+        "modes": _modes,
         "imports": _imports,
     }
     found = [_heading(results)]
@@ -62,6 +63,15 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
         worst = max((_error(r) for r in plan), key=abs)
         name = f"plan against memory in use, the worst of {len(plan)}"
         yield name, "±10 %", f"{100 * worst:+.1f} %", abs(worst) <= 0.1
+    if modes := results.get("modes"):
+        for row in modes["toggles"]:
+            ratio = row["ratio"]
+            name = f"time to toggle to {row['mode']!r} / to load it"
+            yield name, "≤ 2", _spread(ratio, 2), ratio["median"] <= 2
+        worst = max(modes["memory"], key=lambda r: r["peak"] / _both(r))
+        share = 100 * worst["peak"] / _both(worst)
+        name = f"memory while toggling / with both versions, the worst ({_pair(worst)})"
+        yield name, "< 100 %", f"{share:.0f} %", share < 100
     if imports := results.get("imports"):
         taken = imports["seconds"]["import inferkit"]
         heavy = ", ".join(imports["heavy"]) or "none"
@@ -247,6 +257,49 @@ def _plan_row(row: dict[str, Any]) -> tuple[str, ...]:
 def _error(row: dict[str, Any]) -> float:
     """The plan's error: positive where it promises more than is used."""
     return float(sum(row["predicted"].values()) / row["in_use"] - 1)
+
+
+def _modes(results: dict[str, Any]) -> Iterator[str]:
+    found = results["modes"]
+    yield f"### Decode step by mode, ms ({found['rounds']} rounds), and against none\n"
+    batches = sorted({r["batch"] for r in found["steps"]})
+    by = {(r["mode"], r["batch"]): r for r in found["steps"]}
+    heads = [f"{what}, batch {b}" for what in ("ms", "ratio") for b in batches]
+    rows = [
+        (
+            mode,
+            *(_spread(by[mode, b]["step_ms"], 1) for b in batches),
+            *(_spread(by[mode, b]["ratio"], 2) for b in batches),
+        )
+        for mode in dict.fromkeys(r["mode"] for r in found["steps"])
+    ]
+    yield from _table(("mode", *heads), rows)
+    yield "\n### Time to toggle to a mode, and to load in it, s\n"
+    rows = [
+        (r["mode"], *(_spread(r[k], 2) for k in ("toggle_s", "load_s", "ratio")))
+        for r in found["toggles"]
+    ]
+    yield from _table(("mode", "toggle", "load", "ratio"), rows)
+    yield "\n### Memory while toggling, MB (anonymous, the worst of each pair)\n"
+    heads = ["from, to", "before", "after", "at most", "with both versions"]
+    rows = [
+        (
+            _pair(r),
+            *(f"{r[k] / _MB:.0f}" for k in ("before", "after", "peak")),
+            f"{_both(r) / _MB:.0f}",
+        )
+        for r in found["memory"]
+    ]
+    yield from _table(heads, rows)
+
+
+def _pair(row: dict[str, Any]) -> str:
+    return f"{row['from']}, {row['to']}"
+
+
+def _both(row: dict[str, Any]) -> float:
+    """What it would take to hold the old version beside the new one."""
+    return float(row["before"] + row["new"])
 
 
 def _imports(results: dict[str, Any]) -> Iterator[str]:

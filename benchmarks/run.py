@@ -1,6 +1,6 @@
 """Measure inferkit, and the engines that people would use instead, on this machine.
 
-    python benchmarks/run.py                          # everything: about 25 minutes on two cores
+    python benchmarks/run.py                          # everything: about 35 minutes on two cores
     python benchmarks/run.py speed --engines inferkit generate --rounds 3
     python benchmarks/run.py plan imports
 
@@ -27,7 +27,7 @@ import report
 import speed
 from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
 
-PARTS = ("speed", "overhead", "memory", "plan", "imports")
+PARTS = ("speed", "overhead", "memory", "plan", "modes", "imports")
 
 
 def main() -> None:
@@ -54,6 +54,14 @@ def main() -> None:
             "memory.py", path=str(model), threads=asked.threads, requests=asked.requests
         ),
         "plan": lambda: _plan(asked, model),
+        "modes": lambda: in_fresh_process(
+            "modes.py",
+            path=str(model),
+            threads=asked.threads,
+            batches=asked.batches,
+            tokens=asked.tokens,
+            rounds=asked.rounds,
+        ),
         "imports": lambda: in_fresh_process(
             "imports.py", threads=asked.threads, rounds=2 * asked.rounds
         ),
