@@ -30,7 +30,6 @@ _MODEL_OPTIONS = (
     "quantize",
     "double_quant",
     "compute_dtype",
-    "max_memory",
     "max_batch",
     "context",
     "revision",
@@ -175,13 +174,6 @@ def _complain(error: ik.InferkitError) -> int:
     return _FAILED
 
 
-def _sizes(text: str) -> dict[str, str]:
-    parts = [part.split("=") for part in text.split(",")]
-    if any(len(part) != 2 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: write it as cuda:0=6GiB,cpu=8GiB")
-    return dict(parts)
-
-
 def _device(text: str) -> str | list[str]:
     names = text.split(",")
     return names if len(names) > 1 else text
@@ -261,13 +253,7 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _add_model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument(
-        "--device", type=_device, help="auto, cpu, mps, cuda:N, or several: cuda:0,cpu,disk"
-    )
-    group.add_argument(
-        "--max-memory",
-        type=_sizes,
-        metavar="DEVICE=SIZE,...",
-        help="the most to take of a device: cuda:0=6GiB,cpu=8GiB",
+        "--device", type=_device, help="auto, cpu, mps, cuda:N, or several: cuda:0,cuda:1"
     )
     group.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
     group.add_argument("--quantize", metavar="MODE", help="none, int8, nf4 or fp4")

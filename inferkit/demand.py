@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from inferkit.errors import UnsupportedModelError
-from inferkit.footprint import WeightFormat, packed_growth, quantized_linears, weight_bytes
+from inferkit.footprint import (
+    WeightFormat,
+    device_of,
+    packed_growth,
+    quantized_linears,
+    split_modules,
+    weight_bytes,
+)
 from inferkit.kv import LayerKV
-from inferkit.placement import device_of, offloaded_leaf, place, runs_on
 
 __all__ = ["Demand", "DevicePlan", "Transients"]
 
@@ -19,10 +25,10 @@ class DevicePlan:
     """What one device would hold, in bytes.
 
     Attributes:
-        name: Canonical device name; "disk" for weights that are read anew for each step.
+        name: Canonical device name.
         weights: Parameters and buffers placed there.
-        kv_cache: KV cache of the layers that run there.
-        activations: Estimate of the peak of one forward step, weights that travel here included.
+        kv_cache: KV cache of the layers placed there.
+        activations: Estimate of the peak of one forward step.
         total: The device's memory.
         free: What of it can be allocated now.
     """
@@ -115,27 +121,21 @@ class Demand:
     """Weights, layers and forward-step sizes by device, from which any plan follows at once.
 
     Attributes:
-        form: The format of the weights; it names what is offloaded and so stays unquantized.
         memory: Total and free bytes by device.
         device_map: Module name to device name.
         weights: Bytes of weights by device.
-        layers: The KV geometry of the layers that run on each device.
-        logits_on: The device on which the output embeddings run.
-        main: The device on which what is offloaded runs.
-        travelling: Bytes of the largest module that travels there.
+        layers: The KV geometry of the layers on each device.
+        logits_on: The device of the output embeddings.
         transients: Sizes that bound a forward step.
         itemsize: Bytes of one element of the dtype.
         prefill_chunk: Tokens that one prefill step takes.
     """
 
-    form: WeightFormat
     memory: Mapping[str, tuple[int, int]]
     device_map: Mapping[str, str]
     weights: Mapping[str, int]
     layers: Mapping[str, tuple[LayerKV, ...]]
     logits_on: str
-    main: str
-    travelling: int
     transients: Transients
     itemsize: int
     prefill_chunk: int
@@ -148,56 +148,33 @@ class Demand:
         form: WeightFormat,
         memory: Mapping[str, tuple[int, int]],
         prefill_chunk: int,
-        size: tuple[int, int],
         device_map: Mapping[str, str] | None = None,
     ) -> Demand:
         """Add up what a meta model's modules hold on each of the devices in ``memory``.
 
-        Where no ``device_map`` says which module is where, they are placed such that a KV cache of
-        ``size``, (context, rows), finds room.
+        Where no ``device_map`` says which module is where, they are spread over the devices.
         """
-        free = {name: left for name, (_, left) in memory.items()}
-        where = runs_on(list(memory))
-        itemsize = meta.dtype.itemsize
-        transients = Transients.of(meta, form, itemsize)
-        if device_map is None:
-            whole = _Step(transients, itemsize, prefill_chunk, *size)
-            reserve = whole.kv_cache(geometry) + whole.activations(geometry, logits=True)
-            device_map, form = place(meta, form, free, reserve)
-
-        def runs(name: str) -> str:
-            return where[device_of(device_map, name)]
-
-        def resides(name: str) -> str:
-            device = device_of(device_map, name)
-            return device if where[device] == device else ""
-
         sizes = weight_bytes(meta, form)
+        free = {name: left for name, (_, left) in memory.items()}
+        device_map = device_map or split_modules(meta, sizes, free, form)
         weights = dict.fromkeys(memory, 0)
-        for name, count in [*sizes.items(), *packed_growth(meta, form, resides).items()]:
-            weights[device_of(device_map, name)] += count
+        growth = packed_growth(meta, form, device_map)
+        for name, size in [*sizes.items(), *growth.items()]:
+            weights[device_of(device_map, name)] += size
         layers: dict[str, tuple[LayerKV, ...]] = dict.fromkeys(memory, ())
         for name, layer in zip(_layer_names(meta, len(geometry), len(memory)), geometry):
-            layers[runs(name)] += (layer,)
+            layers[device_of(device_map, name)] += (layer,)
+        itemsize = meta.dtype.itemsize
         return cls(
-            form=form,
             memory=memory,
             device_map=device_map,
             weights=weights,
             layers=layers,
-            logits_on=runs(_output_name(meta)),
-            main=where[next(iter(memory))],
-            travelling=offloaded_leaf(meta, sizes, device_map, list(memory)),
-            transients=transients,
+            logits_on=device_of(device_map, _output_name(meta)),
+            transients=Transients.of(meta, form, itemsize),
             itemsize=itemsize,
             prefill_chunk=prefill_chunk,
         )
-
-    @property
-    def travels(self) -> int:
-        """Bytes of weights that lie on a device on which they do not run."""
-        where = runs_on(list(self.memory))
-        return sum(size for name, size in self.weights.items() if where[name] != name)
 
     def at(self, context: int, rows: int) -> tuple[DevicePlan, ...]:
         """What each device would hold for ``rows`` rows of ``context`` tokens."""
@@ -208,47 +185,23 @@ class Demand:
         return all(d.fits for d in self.at(context, rows))
 
     def _on(self, name: str, context: int, rows: int) -> DevicePlan:
-        layers = self.layers[name]
+        chunk, layers = self.prefill_chunk, self.layers[name]
+        positions = max((layer.capacity(context, chunk) for layer in layers), default=0)
+        tokens = max(min(chunk, context), rows)
+        caches = [layer.bytes(context, rows, self.itemsize, chunk) for layer in layers]
+        activations = self.transients.layer_bytes(tokens, positions, self.itemsize)
+        activations += max(caches, default=0)
+        if name == self.logits_on:
+            activations += self.transients.logits_bytes(rows, self.itemsize)
         total, free = self.memory[name]
-        kv_cache = activations = 0
-        if runs_on(list(self.memory))[name] == name:
-            step = _Step(self.transients, self.itemsize, self.prefill_chunk, context, rows)
-            kv_cache = step.kv_cache(layers)
-            activations = step.activations(layers, logits=name == self.logits_on)
-            activations += self.travelling if name == self.main else 0
         return DevicePlan(
             name=name,
             weights=self.weights[name],
-            kv_cache=kv_cache,
+            kv_cache=sum(caches),
             activations=activations,
             total=total,
             free=free,
         )
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Memory of the forward steps of ``rows`` rows of ``context`` tokens, beside the weights."""
-
-    transients: Transients
-    itemsize: int
-    chunk: int
-    context: int
-    rows: int
-
-    def kv_cache(self, layers: Sequence[LayerKV]) -> int:
-        return sum(self._caches(layers))
-
-    def activations(self, layers: Sequence[LayerKV], logits: bool) -> int:
-        """The peak while these layers run, one after another, and the logits after them."""
-        positions = max((x.capacity(self.context, self.chunk) for x in layers), default=0)
-        tokens = max(min(self.chunk, self.context), self.rows)
-        peak = self.transients.layer_bytes(tokens, positions, self.itemsize)
-        peak += max(self._caches(layers), default=0)
-        return peak + (self.transients.logits_bytes(self.rows, self.itemsize) if logits else 0)
-
-    def _caches(self, layers: Sequence[LayerKV]) -> list[int]:
-        return [x.bytes(self.context, self.rows, self.itemsize, self.chunk) for x in layers]
 
 
 def _output_name(meta: Any) -> str:

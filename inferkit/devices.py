@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -29,7 +27,6 @@ __all__ = [
     "release_memory",
     "resolve_device",
     "resolve_dtype",
-    "wider_devices",
 ]
 
 _DTYPES = {
@@ -42,8 +39,6 @@ _DTYPES = {
     "float32": "float32",
     "float": "float32",
 }
-DISK = "disk"
-_SLOW = {"cpu": 1, DISK: 2}
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "bf16", "i8mm")
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "unlimited" as a page-rounded 2^63
 
@@ -54,7 +49,7 @@ class Device:
 
     Attributes:
         name: Canonical name: ``"cuda:0"``, ``"mps"``, ``"cpu"``.
-        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``; ``"disk"`` where weights may be offloaded.
+        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
         description: What the maker calls it, with what matters for speed.
         total: Memory in bytes; for the CPU no more than the cgroup (container) allows.
         free: Bytes that can be allocated now.
@@ -115,10 +110,8 @@ def find_device(name: str) -> Device:
         DeviceError: The device is not attached, or does not answer.
     """
     attached = _attached_names()
-    if name not in (*attached, DISK):
+    if name not in attached:
         raise _not_attached(name, attached)
-    if name == DISK:
-        return _disk_device()
     if name == "cpu":
         return _cpu_device()
     return _mps_device() if name == "mps" else _cuda_device(int(name.removeprefix("cuda:")))
@@ -129,11 +122,10 @@ def resolve_device(device: Any) -> list[str]:
 
     Args:
         device: ``"auto"`` (the first CUDA device, else MPS, else the CPU), ``"cpu"``, ``"cuda"``,
-            ``"cuda:N"``, ``"mps"``, a ``torch.device``, or a list of those, accelerators first and
-            ``"disk"`` last: see :mod:`inferkit.placement`.
+            ``"cuda:N"``, ``"mps"``, a ``torch.device``, or a list of those.
 
     Raises:
-        OptionError: The value is not a device name, or names a device twice, or the order is wrong.
+        OptionError: The value is not a device name, or names a device twice.
         DeviceError: The device is not attached to this machine.
     """
     many = isinstance(device, (list, tuple))
@@ -143,22 +135,10 @@ def resolve_device(device: Any) -> list[str]:
         return attached[:1]
     if not asked or "auto" in asked or len(set(asked)) < len(asked):
         raise _bad_device(device)
-    if asked != sorted(asked, key=lambda name: _SLOW.get(name, 0)) or asked == [DISK]:
-        raise OptionError(
-            f"device={device!r}: name accelerators first, then 'cpu', and 'disk' last, for layers "
-            "are placed in this order; 'disk' needs another device on which they run."
-        )
     for name in asked:
-        if name not in (*attached, DISK):
+        if name not in attached:
             raise _not_attached(name, attached)
     return asked
-
-
-def wider_devices(names: Sequence[str]) -> list[list[str]]:
-    """Lists of attached devices that hold more than these do, the fastest first."""
-    accelerators = [name for name in _attached_names() if name not in _SLOW]
-    lists = [accelerators, [*accelerators, "cpu"], [*accelerators, "cpu", DISK]]
-    return [wider for wider in lists if len(wider) > len(names) and set(names) <= set(wider)]
 
 
 def resolve_dtype(
@@ -183,7 +163,7 @@ def resolve_dtype(
     """
     if dtype != "auto":
         return dtype_name(dtype)
-    deciding = [d for d in device_names if d not in _SLOW] or ["cpu"]
+    deciding = [d for d in device_names if d != "cpu"] or list(device_names)
     stored = str(checkpoint_dtype).removeprefix("torch.")
     liked = {_preferred_dtype(d, stored) for d in deciding}
     return liked.pop() if len(liked) == 1 else "float16"
@@ -241,7 +221,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _canonical(device: Any, given: Any) -> str:
     text = str(device).strip().lower()
-    if not re.fullmatch(r"auto|cpu|disk|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise _bad_device(given)
     kind, _, index = text.partition(":")
     return f"cuda:{int(index or 0)}" if kind == "cuda" else kind
@@ -314,12 +294,6 @@ def _mps_device() -> Device:
     left = total - torch.mps.driver_allocated_memory()
     free = max(0, min(left, psutil.virtual_memory().available))
     return Device("mps", "mps", f"{platform.machine()} GPU (Metal)", total, free, False)
-
-
-def _disk_device() -> Device:
-    """Where weights go that must be written anew to be read back: the folder of temporary files."""
-    usage = shutil.disk_usage(tempfile.gettempdir())
-    return Device(DISK, DISK, "folder of temporary files", usage.total, usage.free, False)
 
 
 def _cpu_device() -> Device:

@@ -7,7 +7,9 @@ and nothing is allocated or downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +21,11 @@ __all__ = [
     "QUANTIZE_MODES",
     "WeightFormat",
     "asked_format",
-    "kept_in_fp32",
+    "device_of",
     "meta_model",
     "packed_growth",
     "quantized_linears",
-    "tensors",
-    "unquantized_modules",
+    "split_modules",
     "weight_bytes",
     "weight_format",
 ]
@@ -179,9 +180,12 @@ def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, in
         return {}
     from torch import nn
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    skip = unquantized_modules(model, form)
+    skip = HfQuantizer.get_modules_to_not_convert(
+        model, None if form.skip is None else list(form.skip), model._keep_in_fp32_modules
+    )
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if not should_convert_module(name, skip):
@@ -193,23 +197,12 @@ def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, in
     return found
 
 
-def unquantized_modules(model: Any, form: WeightFormat) -> list[str]:
-    """Names of the modules that transformers leaves alone, with all that is below them."""
-    from transformers.quantizers.base import HfQuantizer
-
-    given = None if form.skip is None else list(form.skip)
-    names: list[str] = HfQuantizer.get_modules_to_not_convert(
-        model, given, model._keep_in_fp32_modules
-    )
-    return names
-
-
 def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
     """Bytes of each parameter and buffer once loaded; tied weights appear once."""
     quantized = quantized_linears(model, form)
-    in_fp32 = kept_in_fp32(model)
+    in_fp32 = _kept_in_fp32(model)
     sizes: dict[str, int] = {}
-    for name, tensor in tensors(model):
+    for name, tensor in _tensors(model):
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in quantized:
             sizes[name] = form.linear_bytes(*quantized[owner])
@@ -220,41 +213,113 @@ def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
     return sizes
 
 
-def packed_growth(model: Any, form: WeightFormat, resides: Callable[[str], str]) -> dict[str, int]:
+def packed_growth(model: Any, form: WeightFormat, device_map: Mapping[str, str]) -> dict[str, int]:
     """Bytes that packing adds to the plain weights, by module name (see :mod:`inferkit.packing`).
 
     Whole blocks take a little more than a matrix that does not divide by them. A matrix that is
     the input embeddings' too has a packed copy beside it.
-
-    Args:
-        model: The meta model.
-        form: The format of the weights.
-        resides: The device on which a module stays and runs; "" for one that is offloaded.
     """
     from torch import nn
 
     from inferkit.packing import packable, packed_bytes
 
-    quantized, in_fp32 = quantized_linears(model, form), kept_in_fp32(model)
+    quantized, in_fp32 = quantized_linears(model, form), _kept_in_fp32(model)
     embeddings = model.get_input_embeddings().weight
     dtype = str(model.dtype).removeprefix("torch.")
     growth = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or name in quantized or in_fp32(f"{name}.weight"):
             continue
-        if packable(resides(name), dtype):
+        if packable(device_of(device_map, name), dtype):
             plain = 0 if module.weight is embeddings else module.weight.nbytes
             growth[name] = packed_bytes(*module.weight.shape) - plain
     return growth
 
 
-def tensors(model: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters and buffers by name; tied ones once."""
+def split_modules(
+    model: Any, sizes: Mapping[str, int], free: Mapping[str, int], form: WeightFormat
+) -> dict[str, str]:
+    """Spread the modules over devices, in order, in proportion of free memory.
+
+    Args:
+        model: The meta model.
+        sizes: From :func:`weight_bytes`.
+        free: Free bytes by device name; its order is the order of the layers.
+        form: The format of the weights.
+
+    Returns:
+        A device map that ``from_pretrained`` accepts: module name to device name. No layer is cut
+        in two. Nothing goes to disk: what the earlier devices cannot take, the last one gets, and
+        the plan then says that it does not fit.
+    """
+    names = list(free)
+    if len(names) == 1:
+        return {"": names[0]}
+    whole = sorted(model._no_split_modules or ())
+    blocks = [n for n, m in model.named_modules() if type(m).__name__ in whole]
+    block = max((sum(_under(sizes, b).values()) for b in blocks), default=max(sizes.values()))
+    largest = max(sizes.values())
+    share = sum(sizes.values()) / max(1, sum(free.values()))
+    special = _special_dtypes(model, form)
+
+    def attempt(slack: float) -> dict[str, str]:
+        # accelerate keeps room on its first device for layers that return from offload. Nothing
+        # is offloaded here, so that first device is one that does not exist and has no room.
+        budget = {0: 0} | {i: int(share * free[n] + slack) for i, n in enumerate(names, start=1)}
+        if largest <= free[names[0]]:  # else a large embedding would move all to later devices
+            budget[1] = max(budget[1], int(largest + slack))
+        budget[len(names)] = 2 * sum(sizes.values()) + block
+        placed = infer_auto_device_map(
+            model, max_memory=budget, no_split_module_classes=whole, special_dtypes=special
+        )
+        return {module: names[int(position) - 1] for module, position in placed.items()}
+
+    def fullest(device_map: Mapping[str, str]) -> float:
+        load = dict.fromkeys(names, 0)
+        for name, size in sizes.items():
+            load[device_of(device_map, name)] += size
+        return max(load[name] / max(1, free[name]) for name in names)
+
+    from accelerate import infer_auto_device_map
+
+    with _quiet("accelerate.utils.modeling"):  # it warns of devices that are not attached here
+        # What whole layers leave over adds up on the last device; more slack shares it out.
+        return min((attempt(part * block) for part in (0.25, 0.5, 1.0)), key=fullest)
+
+
+def device_of(device_map: Mapping[str, str], name: str) -> str:
+    """The device of a module or tensor: that of the nearest module above it in the map.
+
+    A module that the map cuts in parts is where its first part is.
+    """
+    parent = name
+    while parent and parent not in device_map:
+        parent = parent.rpartition(".")[0]
+    if parent in device_map:
+        return device_map[parent]
+    return next(d for module, d in device_map.items() if module.startswith(f"{name}."))
+
+
+def _under(sizes: Mapping[str, int], module: str) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if name.startswith(module + ".")}
+
+
+def _special_dtypes(model: Any, form: WeightFormat) -> dict[str, Any]:
+    import torch
+    from accelerate.utils import CustomDtype
+
+    packed = torch.int8 if form.mode == "int8" else CustomDtype.INT4
+    special: dict[str, Any] = {f"{n}.weight": packed for n in quantized_linears(model, form)}
+    in_fp32 = _kept_in_fp32(model)
+    return special | {n: torch.float32 for n, _ in _tensors(model) if in_fp32(n)}
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def kept_in_fp32(model: Any) -> Callable[[str], bool]:
+def _kept_in_fp32(model: Any) -> Any:
     """A predicate: whether from_pretrained loads this tensor in fp32 whatever the dtype."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -263,3 +328,14 @@ def kept_in_fp32(model: Any) -> Callable[[str], bool]:
         return lambda name: False
     alternation, *_ = build_glob_alternation(patterns)
     return lambda name: alternation.search(name) is not None
+
+
+@contextmanager
+def _quiet(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -5,7 +5,6 @@ Whatever stops a load (an interrupt, a damaged file, lack of memory), what was r
 
 from __future__ import annotations
 
-import tempfile
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from inferkit.catalog import Source
-from inferkit.devices import DISK, out_of_memory, release_memory
+from inferkit.devices import out_of_memory, release_memory
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
-from inferkit.placement import offloads
 from inferkit.quantize import loading_config, quantized_tensors, release_quantized
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ class Loaded:
         defaults: The sampling options that the model's authors recommend.
         vocab_size: Rows of the input embedding; prompts must stay below.
         devices: Canonical names.
-        offload: The folder of weights that had to be written anew to be read from disk, or None.
     """
 
     module: Any
@@ -58,7 +55,6 @@ class Loaded:
     defaults: dict[str, Any]
     vocab_size: int
     devices: tuple[str, ...]
-    offload: tempfile.TemporaryDirectory[str] | None = None
 
 
 def load_files(
@@ -70,12 +66,9 @@ def load_files(
         DamagedFileError: A weight file cannot be read, or lacks weights.
         LoadError: Anything else went wrong; what was read is released.
     """
-    offload = None
-    if any(device.name == DISK for device in plan.devices):
-        offload = tempfile.TemporaryDirectory(prefix="inferkit-offload-")
     try:
         with _progress_bars(progress):
-            module = _read_weights(source, plan, offload, trust_remote_code, progress)
+            module = _read_weights(source, plan, trust_remote_code, progress)
             tokenizer = read_tokenizer(source, trust_remote_code)
         return Loaded(
             module=module,
@@ -84,12 +77,9 @@ def load_files(
             defaults=_defaults(module),
             vocab_size=module.get_input_embeddings().weight.shape[0],
             devices=tuple(d.name for d in plan.devices),
-            offload=offload,
         )
     except BaseException as error:
         module = tokenizer = None
-        if offload is not None:
-            offload.cleanup()
         problem = failure(error, source, plan)
     raise problem
 
@@ -100,8 +90,7 @@ def weight_bytes(module: Any) -> int:
 
     packed = sum(m.packed_bytes for m in module.modules() if isinstance(m, PackedLinear))
     tensors = [*module.parameters(), *module.buffers(), *quantized_tensors(module)]
-    held = [t for t in [*tensors, *_offloaded(module)] if t.device.type != "meta"]
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return packed + sum(stored.values())
 
 
@@ -122,16 +111,12 @@ def release_weights(loaded: Loaded) -> None:
     from inferkit.packing import release_packed
 
     if loaded.module is not None:
-        offloaded = list(_offloaded(loaded.module))
-        for tensor in [*loaded.module.parameters(), *loaded.module.buffers(), *offloaded]:
+        for tensor in [*loaded.module.parameters(), *loaded.module.buffers()]:
             if tensor.device.type != "meta":
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         release_quantized(loaded.module)
         release_packed(loaded.module)
     loaded.module = None
-    if loaded.offload is not None:
-        loaded.offload.cleanup()
-        loaded.offload = None
     release_memory(loaded.devices)
 
 
@@ -154,22 +139,8 @@ def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseExcep
     return problem
 
 
-def _offloaded(module: Any) -> Iterator[Any]:
-    """The tensors that accelerate keeps in memory for layers that run on another device."""
-    for child in module.modules():
-        hook = getattr(child, "_hf_hook", None)
-        dataset = getattr(getattr(hook, "weights_map", None), "dataset", None)
-        yield from (getattr(dataset, "state_dict", None) or {}).values()
-        for copies in (getattr(hook, "tied_params_map", None) or {}).values():
-            yield from copies.values()
-
-
 def _read_weights(
-    source: Source,
-    plan: MemoryPlan,
-    offload: tempfile.TemporaryDirectory[str] | None,
-    trust_remote_code: bool,
-    progress: bool,
+    source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: bool
 ) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
@@ -183,10 +154,7 @@ def _read_weights(
             source.path,
             dtype=getattr(torch, plan.dtype),
             device_map=_device_map(plan),
-            quantization_config=loading_config(
-                plan.format, plan.dtype, offloads(set(plan.device_map.values()))
-            ),
-            offload_folder=None if offload is None else offload.name,
+            quantization_config=loading_config(plan.format, plan.dtype),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
@@ -219,7 +187,7 @@ def _own_memory(module: Any) -> None:
     Whoever shortens a mapped file kills the kernel. And what is read here is not read, page by
     page, while the first tokens are timed; nor does it lie askew: see benchmarks/README.md.
     """
-    for tensor in [*module.parameters(), *module.buffers(), *_offloaded(module)]:
+    for tensor in [*module.parameters(), *module.buffers()]:
         if tensor.device.type == "cpu" and tensor.is_floating_point():
             tensor.data = tensor.data.clone()
 

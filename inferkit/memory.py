@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from inferkit.demand import Demand, DevicePlan
-from inferkit.devices import find_device, resolve_device, resolve_dtype, wider_devices
-from inferkit.errors import OptionError, UnsupportedModelError
+from inferkit.devices import find_device, resolve_device, resolve_dtype
+from inferkit.errors import DoesNotFitError, OptionError
 from inferkit.footprint import (
     QUANTIZE_MODES,
     WeightFormat,
@@ -19,9 +19,8 @@ from inferkit.footprint import (
     meta_model,
     weight_format,
 )
-from inferkit.html import listed
+from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
-from inferkit.memory_plan import MemoryPlan
 from inferkit.sampling import unknown_option
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "checked_context",
     "context_limit",
     "kv_geometry",
-    "memory_limits",
     "plan",
     "plan_config",
 ]
@@ -42,6 +40,162 @@ _DEFAULT_CONTEXT = 4096
 _LEAST_CONTEXT = 2
 _MOST_CONTEXT = 1 << 20  # where the search stops for models without a maximum of their own
 _MOST_ROWS = 1 << 12  # where the search for a larger batch stops
+
+
+@dataclass(frozen=True, repr=False)
+class MemoryPlan:
+    """The memory a model would take, and whether the devices have it. Sizes are in bytes.
+
+    Attributes:
+        model: The reference as given.
+        architecture: transformers' class name.
+        format: How weights are kept: the quantize mode and its details.
+        dtype: torch's name of the dtype of KV cache and unquantized weights.
+        context: Tokens per row.
+        max_batch: Rows.
+        devices: One entry per device, in the order of the layers.
+        device_map: Module name to device name, as ``from_pretrained`` takes it.
+        max_context: The largest context that fits at this ``max_batch``, at most the model's
+            maximum; 0 if none does.
+        batch_by_mode: The largest batch that fits at this ``context`` under each quantize mode that
+            this checkpoint could be loaded in; 0 if none does.
+        totals: Bytes needed under each of those modes.
+        alternatives: Those of the other modes that would fit.
+        note: Something about the checkpoint that makes the numbers an upper bound, or "".
+    """
+
+    model: str
+    architecture: str
+    format: WeightFormat
+    dtype: str
+    context: int
+    max_batch: int
+    devices: tuple[DevicePlan, ...]
+    device_map: Mapping[str, str] = field(hash=False)
+    max_context: int
+    batch_by_mode: Mapping[str, int] = field(hash=False)
+    totals: Mapping[str, int] = field(hash=False)
+    alternatives: Mapping[str, int] = field(hash=False)
+    note: str = ""
+
+    @property
+    def quantize(self) -> str:
+        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``."""
+        return self.format.mode
+
+    @property
+    def max_batch_fit(self) -> int:
+        """The largest batch that fits at this ``context``; 0 if none does."""
+        return self.batch_by_mode[self.quantize]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of parameters and buffers as they are kept; tied ones once, unless packed."""
+        return sum(d.weights for d in self.devices)
+
+    @property
+    def kv_cache(self) -> int:
+        """Bytes of the KV cache for ``max_batch`` rows of ``context`` tokens."""
+        return sum(d.kv_cache for d in self.devices)
+
+    @property
+    def activations(self) -> int:
+        """Bytes of one forward step at its peak, a conservative estimate."""
+        return sum(d.activations for d in self.devices)
+
+    @property
+    def total(self) -> int:
+        """Bytes needed over all devices."""
+        return sum(d.needed for d in self.devices)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has what it needs free."""
+        return all(d.fits for d in self.devices)
+
+    def explain(self) -> str:
+        """Say in a sentence or two what is needed, what is free, and what to do about it."""
+        text = f"{self.model} needs {self._needs()}; {self._advice()}."
+        return f"{text} {self.note}" if self.note else text
+
+    def require(self) -> MemoryPlan:
+        """Return the plan itself if it fits.
+
+        Raises:
+            DoesNotFitError: It does not; the message is :meth:`explain`'s, ``error.plan`` the plan.
+        """
+        if not self.fits:
+            raise DoesNotFitError(self.explain(), self)
+        return self
+
+    def within(self, other: MemoryPlan) -> bool:
+        """Whether no device has to hold more than by another plan."""
+        before = {d.name: d.needed for d in other.devices}
+        return all(d.needed <= before.get(d.name, 0) for d in self.devices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values for JSON, sizes in bytes."""
+        whole = ("quantize", "max_batch_fit", "weights", "kv_cache", "activations", "total", "fits")
+        made = asdict(self)
+        made["devices"] = [asdict(d) | {"needed": d.needed, "fits": d.fits} for d in self.devices]
+        return made | {name: getattr(self, name) for name in whole}
+
+    def __repr__(self) -> str:
+        return f"{self._title()}\n{text_table(_HEADER, self._rows())}\n{self.explain()}"
+
+    def _repr_html_(self) -> str:
+        return table(_HEADER, self._rows(), caption=self._title(), note=self.explain())
+
+    def _title(self) -> str:
+        return (
+            f"{self.model} ({self.architecture}, {self.dtype}, quantize={str(self.format)!r}, "
+            f"context={self.context}, max_batch={self.max_batch})"
+        )
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = []
+        for d in self.devices:
+            sizes = (d.weights, d.kv_cache, d.activations, d.needed, d.free, d.total)
+            rows.append((d.name, *map(format_bytes, sizes), "yes" if d.fits else "no"))
+        return rows
+
+    def _needs(self) -> str:
+        if self.fits:
+            names = ", ".join(d.name for d in self.devices)
+            return _against(self.total, names, sum(d.free for d in self.devices))
+        worst = max(self.devices, key=lambda d: d.needed - d.free)
+        return _against(worst.needed, worst.name, worst.free)
+
+    def _advice(self) -> str:
+        if self.fits:
+            return (
+                f"at max_batch={self.max_batch} up to context={self.max_context} fits, "
+                f"at context={self.context} up to max_batch={self.max_batch_fit}"
+            )
+        ways = [
+            f"quantize={m!r} needs {format_bytes(self.alternatives[m])}" for m in self._better()
+        ]
+        if self.max_context:
+            ways.append(f"context={self.max_context} fits at max_batch={self.max_batch}")
+        if self.max_batch_fit:
+            ways.append(f"max_batch={self.max_batch_fit} fits at context={self.context}")
+        if ways:
+            return " or ".join(ways)
+        smallest = min(self.totals, key=lambda mode: self.totals[mode])
+        if rows := self.batch_by_mode[smallest]:
+            return f"quantize={smallest!r} with max_batch={rows} fits at context={self.context}"
+        return (
+            f"the smallest mode, quantize={smallest!r}, needs "
+            f"{format_bytes(self.totals[smallest])}; "
+            "use a smaller model, a smaller context with a smaller max_batch, or more devices"
+        )
+
+    def _better(self) -> list[str]:
+        """Alternatives worth naming: fp4 takes as much as nf4 and rounds worse."""
+        return [m for m in self.alternatives if m != "fp4" or "nf4" not in self.alternatives]
+
+
+_HEADER = ("device", "weights", "KV cache", "activations", "needed", "free", "memory", "fits")
 
 
 def plan(
@@ -53,7 +207,6 @@ def plan(
     dtype: Any = "auto",
     double_quant: bool = False,
     compute_dtype: Any = "auto",
-    max_memory: Mapping[Any, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -77,8 +230,6 @@ def plan(
         double_quant: Quantize the scales of a 4-bit mode again (bitsandbytes' nested quantization).
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
-        max_memory: The most to take of each device, by name: bytes, or text such as "6GiB". Devices
-            that are not named give what is free.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let the repository bring its own model code.
         prefill_chunk: Tokens that one prefill step takes.
@@ -105,7 +256,6 @@ def plan(
             ref_or_config, revision=revision, trust_remote_code=trust_remote_code
         )
     names = resolve_device(device)
-    limits = memory_limits(max_memory, names)
     return plan_config(
         config,
         form=asked,
@@ -115,7 +265,6 @@ def plan(
         dtype=resolve_dtype(dtype, names, stored_dtype(config)),
         model=name,
         free=free,
-        limits=limits,
         prefill_chunk=prefill_chunk,
         trust_remote_code=trust_remote_code,
     )
@@ -132,7 +281,6 @@ def plan_config(
     model: str | None = None,
     free: Mapping[str, int] | None = None,
     adjust: Mapping[str, int] | None = None,
-    limits: Mapping[str, int] | None = None,
     device_map: Mapping[str, str] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     trust_remote_code: bool = False,
@@ -141,7 +289,6 @@ def plan_config(
 
     Devices named in ``free`` need not be attached; their memory is taken to be what is free. To
     what the others say is free, ``adjust`` adds what will be free by then, less what is promised.
-    No more than ``limits`` says is taken of a device.
     A ``device_map`` says where the modules are, of a model that is loaded.
     """
     kept, note = weight_format(config, form)
@@ -150,37 +297,22 @@ def plan_config(
     check_whole("prefill_chunk", prefill_chunk)
     meta = meta_model(config, dtype, trust_remote_code)
     geometry = read_geometry(meta)
-    memory = _memory(devices, free or {}, adjust or {}, limits or {})
+    memory = _memory(devices, free or {}, adjust or {})
 
-    def demand(mode: str, room: Mapping[str, tuple[int, int]]) -> Demand:
-        own = mode == kept.mode
-        return Demand.of(
-            meta,
-            geometry,
-            kept if own else WeightFormat(mode),
-            room,
-            prefill_chunk,
-            (context, max_batch),
-            device_map if own and room is memory else None,
-        )
+    def demand(mode: str) -> Demand:
+        if mode == kept.mode:
+            return Demand.of(meta, geometry, kept, memory, prefill_chunk, device_map)
+        return Demand.of(meta, geometry, WeightFormat(mode), memory, prefill_chunk)
 
     stored = getattr(config, "quantization_config", None) is not None
-    chosen = demand(kept.mode, memory)
-    demands = {kept.mode: chosen}
-    for mode in () if stored else QUANTIZE_MODES:
-        with suppress(OptionError):  # a mode that cannot be had on these devices
-            demands.setdefault(mode, demand(mode, memory))
+    demands = {m: demand(m) for m in ((kept.mode,) if stored else QUANTIZE_MODES)}
+    chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
-    fits = all(d.fits for d in plans[kept.mode])
-    wider = None
-    if not (free or fits):
-        rooms = (_memory(names, {}, adjust or {}, limits or {}) for names in wider_devices(devices))
-        wider = _first_that_fits(rooms, context, max_batch, lambda room: demand(kept.mode, room))
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}
     return MemoryPlan(
         model=model or getattr(config, "name_or_path", "") or type(meta).__name__,
         architecture=type(meta).__name__,
-        format=chosen.form,
+        format=kept,
         dtype=dtype,
         context=context,
         max_batch=max_batch,
@@ -194,8 +326,6 @@ def plan_config(
             for mode, held in plans.items()
             if mode != kept.mode and all(d.fits for d in held)
         },
-        elsewhere=() if wider is None else tuple(wider.memory),
-        travelling=0 if wider is None else wider.travels,
         note=note,
     )
 
@@ -210,51 +340,25 @@ def context_limit(config: Any) -> int | None:
     return None
 
 
+def _against(needed: int, where: str, free: int) -> str:
+    digits = 1
+    while digits < 4 and format_bytes(needed, digits) == format_bytes(free, digits):
+        digits += 1  # "needs 11.2 GiB and 11.2 GiB are free" explains nothing
+    return f"{format_bytes(needed, digits)} on {where} and {format_bytes(free, digits)} are free"
+
+
 def _memory(
-    names: Sequence[str],
-    free: Mapping[str, int],
-    adjust: Mapping[str, int],
-    limits: Mapping[str, int],
+    names: Sequence[str], free: Mapping[str, int], adjust: Mapping[str, int]
 ) -> dict[str, tuple[int, int]]:
     """Total and free bytes of each device; those named in ``free`` need not be attached."""
     memory = {}
     for name in names:
         if name in free:
-            total, left = free[name], free[name]
+            memory[name] = (free[name], free[name])
         else:
             device = find_device(name)
-            total, left = device.total, max(0, device.free + adjust.get(name, 0))
-        memory[name] = (total, min(left, limits.get(name, left)))
+            memory[name] = (device.total, max(0, device.free + adjust.get(name, 0)))
     return memory
-
-
-def memory_limits(max_memory: Any, devices: Sequence[str]) -> dict[str, int]:
-    """The most to take of each device, in bytes, from what a person wrote.
-
-    Raises:
-        OptionError: A device is not among those that are used, or a value is no size.
-    """
-    from accelerate.utils import convert_file_size_to_int
-
-    if max_memory is None:
-        return {}
-    example = 'write max_memory={"cpu": "6GiB"}, with bytes or sizes such as "500MB"'
-    if not isinstance(max_memory, Mapping):
-        raise OptionError(f"max_memory={max_memory!r} is no dict; {example}.")
-    limits = {}
-    for key, size in max_memory.items():
-        name = str(key)
-        if name not in devices:
-            raise OptionError(
-                f"max_memory names {name!r}, and the devices are {listed(devices)}; {example}."
-            )
-        try:
-            limits[name] = int(convert_file_size_to_int(size))
-        except ValueError:
-            limits[name] = -1
-        if isinstance(size, bool) or limits[name] < 0:
-            raise OptionError(f"max_memory[{name!r}]={size!r} is no size; {example}.")
-    return limits
 
 
 def stored_dtype(config: Any) -> str | None:
@@ -289,20 +393,6 @@ def check_known(unknown: Mapping[str, Any], function: Callable[..., Any]) -> Non
         parameters = inspect.signature(function).parameters.values()
         known = [p.name for p in parameters if p.default is not inspect.Parameter.empty]
         raise OptionError(unknown_option(name, known))
-
-
-def _first_that_fits(
-    rooms: Iterable[Mapping[str, tuple[int, int]]],
-    context: int,
-    rows: int,
-    demand: Callable[[Mapping[str, tuple[int, int]]], Demand],
-) -> Demand | None:
-    for room in rooms:
-        with suppress(OptionError, UnsupportedModelError):  # of a split that cannot be had
-            found = demand(room)
-            if found.fits(context, rows):
-                return found
-    return None
 
 
 def _longest(needed: Demand, rows: int, limit: int) -> int:

@@ -488,14 +488,13 @@ class Model:
         parts = self._parts
         return memory.plan_config(
             parts.config,
-            form=self.plan.format if identity == parts.identity else identity.format,
+            form=identity.format,
             context=context,
             max_batch=max_batch,
             devices=identity.devices,
             dtype=identity.dtype,
             model=self.ref,
             adjust=self._gain(),
-            limits=dict(identity.limits),
             device_map=self.plan.device_map if identity == parts.identity else None,
             prefill_chunk=identity.prefill_chunk,
             trust_remote_code=identity.trust_remote_code,

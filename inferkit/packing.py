@@ -113,8 +113,8 @@ def pack_linears(module: nn.Module, *, progress: bool = False) -> None:
 
 
 def _pays(child: nn.Module) -> bool:
-    if type(child) is not nn.Linear or getattr(getattr(child, "_hf_hook", None), "offload", False):
-        return False  # a hook moves the layer's weights about
+    if type(child) is not nn.Linear or hasattr(child, "_hf_hook"):
+        return False  # a hook moves a layer's weights about
     return packable(child.weight.device.type, str(child.weight.dtype).removeprefix("torch."))
 
 

@@ -21,13 +21,12 @@ _NOISE = (
 )
 
 
-def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> Any:
+def loading_config(form: WeightFormat, dtype: str) -> Any:
     """The transformers quantization config of a format, or None for "none".
 
     Args:
         form: The mode and its details.
         dtype: torch's name of the model's dtype.
-        offloads: Whether layers are offloaded; the format names them among those to skip.
     """
     if form.mode == "none":
         return None
@@ -36,15 +35,10 @@ def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> An
 
     for logger, message in _NOISE:
         logging.getLogger(logger).addFilter(message)
-    shared: dict[str, Any] = {
-        "llm_int8_skip_modules": None if form.skip is None else list(form.skip),
-        "llm_int8_enable_fp32_cpu_offload": offloads,
-    }
     if form.mode == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, **shared)
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        **shared,
         bnb_4bit_quant_type=form.mode,
         bnb_4bit_use_double_quant=form.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, form.compute_dtype or dtype),

@@ -91,7 +91,7 @@ def fidelity(
 def settings_back(model: Model, progress: bool) -> Iterator[None]:
     """Whatever the body changes, the model has its mode, cache and policy again afterwards."""
     form, rows, context, policy = (
-        model._parts.identity.format,
+        model.plan.format,
         model.max_batch,
         model.context,
         model.batching,

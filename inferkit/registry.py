@@ -85,7 +85,6 @@ def load(
     prefill_chunk: int = PREFILL_CHUNK,
     double_quant: bool = False,
     compute_dtype: Any = "auto",
-    max_memory: Mapping[Any, Any] | None = None,
     progress: bool = True,
     **unknown: Any,
 ) -> Model:
@@ -98,9 +97,7 @@ def load(
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
-        device: "auto", "cpu", "cuda:N", "mps", or a list of devices to split the layers over. After
-            accelerators "cpu", and then "disk", may keep what does not fit there; it then travels
-            at every step, which is slow.
+        device: "auto", "cpu", "cuda:N", "mps", or a list of devices to split the layers over.
         dtype: "auto" (bf16 where the device is good at it), "bfloat16", "float16" or "float32".
         quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes).
         batching: "continuous", "static" or "off".
@@ -117,7 +114,6 @@ def load(
         double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
-        max_memory: The most to take of each device, by name: bytes, or text such as "6GiB".
         progress: Show progress bars.
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
@@ -137,7 +133,6 @@ def load(
     _check_name(name)
     _refuse_fork()
     devices = tuple(resolve_device(device))
-    limits = memory.memory_limits(max_memory, devices)
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
     form, _ = weight_format(config, asked)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
@@ -154,7 +149,6 @@ def load(
             trust_remote_code=trust_remote_code,
             prefix_reuse=prefix_reuse,
             prefill_chunk=prefill_chunk,
-            limits=tuple(limits.items()),
         )
         old = _table.get(name)
         if old is not None and _can_become(old, identity):
@@ -178,7 +172,6 @@ def load(
                 dtype=resolved,
                 model=source.ref,
                 adjust=adjust,
-                limits=limits,
                 prefill_chunk=prefill_chunk,
                 trust_remote_code=trust_remote_code,
             )

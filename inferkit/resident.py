@@ -53,7 +53,6 @@ class Identity:
     trust_remote_code: bool
     prefix_reuse: bool
     prefill_chunk: int
-    limits: tuple[tuple[str, int], ...] = ()
 
 
 class Resident:

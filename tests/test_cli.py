@@ -245,18 +245,6 @@ def test_plan_exits_1_where_it_does_not(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)
 
 
-def test_limits_of_devices_are_read_and_a_wrong_one_says_how_to_write_it(
-    tiny_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["plan", str(tiny_model("qwen3")), "--device", "cpu,disk", "--json"]
-    assert main([*words, "--max-memory", "cpu=1GiB"]) == 0
-    devices = json.loads(capsys.readouterr().out)["devices"]
-    assert [(d["name"], d["free"] == 2**30) for d in devices] == [("cpu", True), ("disk", False)]
-    with pytest.raises(SystemExit):
-        main([*words, "--max-memory", "cpu"])
-    assert "write it as cuda:0=6GiB,cpu=8GiB" in capsys.readouterr().err
-
-
 def test_plan_takes_the_librarys_keywords(
     tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ class SlottedRunner:
         prefill_chunk: int,
     ) -> None:
         self.module = module
-        self.device = input_device(module)
+        self.device = module.get_input_embeddings().weight.device
         self.dtype = _activation_dtype(module)
         self.prefill_chunk = prefill_chunk
         self.geometry = tuple(geometry)
@@ -171,13 +171,6 @@ def _activation_dtype(module: Any) -> torch.dtype:
     return module.dtype
 
 
-def input_device(module: Any) -> torch.device:
-    """The device that token ids go to: where the input embeddings run."""
-    embeddings = module.get_input_embeddings()
-    placed = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
-    return torch.device(embeddings.weight.device if placed is None else placed)
-
-
 def _layer_devices(module: Any, layers: int, default: torch.device) -> list[torch.device]:
     """The device of each layer's attention, from accelerate's map where there is one."""
     found = [default] * layers
@@ -246,7 +239,7 @@ class ProbeResult:
 @torch.inference_mode()
 def reference_logits(module: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The architecture's own logits [prompts, vocab] after each prompt, run alone, uncached."""
-    device = input_device(module)
+    device = module.get_input_embeddings().weight.device
     rows = [
         module(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float()
         for p in prompts
