@@ -35,9 +35,12 @@ def loading_config(form: WeightFormat, dtype: str) -> Any:
 
     for logger, message in _NOISE:
         logging.getLogger(logger).addFilter(message)
+    # Its name is older than what it does: what is offloaded stays unquantized, in any dtype.
+    offload = {"llm_int8_enable_fp32_cpu_offload": True}
     if form.mode == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **offload)
     return BitsAndBytesConfig(
+        **offload,
         load_in_4bit=True,
         bnb_4bit_quant_type=form.mode,
         bnb_4bit_use_double_quant=form.double_quant,
