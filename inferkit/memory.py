@@ -235,15 +235,18 @@ def _memory(
 
 def _wider_lists(names: Sequence[str], free: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
     """Longer lists of devices: all accelerators, then the CPU too, then the disk too."""
-    more = runners(names)
-    if more != ("cpu",):
-        there = attached_names() if free is None else list(free)
-        more += tuple(n for n in there if n not in (*more, "cpu", "disk"))
-    lists = [more]
-    if not {"cpu", "mps"} & set(more):
-        lists.append((*more, "cpu"))
-    lists.append((*lists[-1], "disk"))
-    yield from (wider for wider in lists if len(wider) > len(names))
+    own = all_of_them = runners(names)
+    hosts: tuple[tuple[str, ...], ...] = ((), ("cpu",), ("cpu", "disk"))
+    if own != ("cpu",):
+        there = attached_names() if free is None else free
+        all_of_them += tuple(n for n in there if n not in (*own, "cpu", "disk"))
+    if {"cpu", "mps"} & set(all_of_them):
+        hosts = ((), ("disk",))
+    for host in hosts:
+        # One that is small or busy, and the last, could not run what is offloaded.
+        for run in dict.fromkeys((all_of_them, own)):
+            if len(run + host) > len(names):
+                yield run + host
 
 
 def _offload_note(devices: Sequence[DevicePlan], form: WeightFormat) -> str:

@@ -340,7 +340,10 @@ def _with_cut_layers(parts: list[Part], layers: Sequence[str]) -> tuple[Part, ..
 def _filled(
     parts: Sequence[Part], room: Mapping[str, int], caches: Sequence[int], kept_free: int
 ) -> list[str]:
-    """For each part the first device that has room for it, else the last one."""
+    """For each part the first device that has room for it, else the last one.
+
+    What is quantized where it stays chooses first: offloaded, it would be several times as large.
+    """
     names, run = list(room), runners(list(room))
     last = run[-1]
 
@@ -352,15 +355,16 @@ def _filled(
 
     left = dict(room)
     left[last] -= kept_free + sum(caches)  # what no other device runs, this one does
-    places = []
-    for part, cache in zip(parts, caches):
-        choice = names if part.parameters else names[:1]
-        fitting = (n for n in choice if cost(part, cache, n) <= left[n])
-        name = next(fitting, choice[-1])
+    left[names[0]] -= sum(p.weights for p in parts if not p.parameters)
+    places = [names[0]] * len(parts)  # but for tables of a few bytes, which do not travel
+    travel = [i for i, part in enumerate(parts) if part.parameters]
+    for i in sorted(travel, key=lambda i: parts[i].weights / parts[i].parameters):
+        part, cache = parts[i], caches[i]
+        name = next((n for n in names if cost(part, cache, n) <= left[n]), names[-1])
         left[name] -= cost(part, cache, name)
         if name in run and name != last:
             left[last] += cache
-        places.append(name)
+        places[i] = name
     return places
 
 
