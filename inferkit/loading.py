@@ -182,7 +182,7 @@ def _from_pretrained(
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = None
+    folder, names = None, [d.name for d in plan.devices]
     if "disk" in plan.device_map.values():
         folder = undo.enter_context(TemporaryDirectory(prefix="inferkit-offloaded-"))
     try:
@@ -192,7 +192,7 @@ def _from_pretrained(
                 dtype=getattr(torch, plan.dtype),
                 device_map=_device_map(plan),
                 offload_folder=folder,
-                quantization_config=loading_config(plan.format, plan.dtype),
+                quantization_config=loading_config(plan.format, plan.dtype, offloads(names)),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,

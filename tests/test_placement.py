@@ -95,6 +95,19 @@ def test_a_split_model_says_what_the_whole_one_says(
         assert tokens(model) == own_tokens(folder, "cpu", torch.float32, 12)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.75])
+def test_embeddings_that_share_their_weights_do_so_wherever_they_lie(
+    tmp_path: Path, share: float
+) -> None:
+    config = CONFIGS["gemma3"]()
+    config.tie_word_embeddings = True
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    build("gemma3")[1].save_pretrained(tmp_path / "tied")
+    with split(tmp_path / "tied", share=share) as model:
+        assert ("lm_head" in on_disk(model)) == ("model.embed_tokens" in on_disk(model))
+        assert tokens(model) == own_tokens(tmp_path / "tied", "cpu", torch.float32, 12)
+
+
 def test_in_bf16_it_is_served_over_slots_and_what_stays_is_packed(
     tiny_model: Callable[[str], Path],
 ) -> None:
@@ -122,23 +135,25 @@ def test_everything_but_the_cache_may_lie_on_disk(
         assert [d.weights > 10_000 for d in model.plan.devices] == [False, True]
 
 
-def test_what_lies_in_memory_travels_too(tiny_model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_lies_in_memory_travels_too(tied: bool) -> None:
     """As under an accelerator; here it travels to the CPU itself."""
-    module = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_model("llama"), dtype=torch.float32
-    ).eval()
+    config = CONFIGS["llama"]()
+    config.tie_word_embeddings = tied
+    module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ids = torch.tensor([PROMPTS[1]])
     with torch.inference_mode():
         wanted = module(ids).logits
-    whole = sum(p.nbytes for p in module.model.layers.parameters())
+    whole = sum(p.nbytes for p in module.parameters())
     ended: list[bool] = []
-    device_map = {"model.layers.0": "elsewhere", "model.layers.1": "elsewhere", "lm_head": "cpu"}
+    away = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
+    device_map = {"model.rotary_emb": "cpu"} | dict.fromkeys(away, "elsewhere")
     held = offload(module, device_map, ["cpu"], lambda: ended.append(True))
-    assert {p.device.type for p in module.model.layers.parameters()} == {"meta"}
+    assert {p.device.type for p in module.parameters()} == {"meta"}
     assert held.nbytes == whole
     with torch.inference_mode():
         assert torch.equal(module(ids).logits, wanted)
-    assert {p.device.type for p in module.model.layers.parameters()} == {"meta"}
+    assert {p.device.type for p in module.parameters()} == {"meta"}
     held.release()
     assert held.nbytes == 0
     assert ended == [True]
@@ -453,38 +468,32 @@ MACHINES = [
     ("cuda:0", "cuda:1", "cpu", "disk"),
     ("cpu", "disk"),
 ]
-ROOM = {"cuda:0": 24 * GIB, "cuda:1": 16 * GIB, "cpu": 40 * GIB, "disk": 1000 * GIB}
-
-
-def machine(names: tuple[str, ...], **less: int) -> dict[str, int]:
-    return {name: less.get(name.replace(":", ""), ROOM[name]) for name in names}
+ROOM = {"cuda:0": 8 * GIB, "cuda:1": 5 * GIB, "cpu": 10 * GIB, "disk": 1000 * GIB}
 
 
 @pytest.mark.parametrize("mode", ["none", "int8", "nf4", "fp4"])
 @pytest.mark.parametrize("names", MACHINES, ids="+".join)
 def test_every_mode_is_planned_over_every_machine(names: tuple[str, ...], mode: str) -> None:
     config = llama_70b()
-    config.num_hidden_layers = 40
-    free = machine(names)
-    made = planned(config, free=free, quantize=mode)
-    plain = planned(config, free={"cuda:0": 400 * GIB})
+    config.num_hidden_layers = 12
+    made = planned(config, free={name: ROOM[name] for name in names}, quantize=mode)
+    whole = planned(config, free={"cuda:0": 400 * GIB})
     run = [d for d in made.devices if d.name.startswith("cuda")] or list(made.devices[:1])
     away = [d for d in made.devices if d not in run]
-    assert sum(d.kv_cache for d in run) == plain.kv_cache
+    assert sum(d.kv_cache for d in run) == whole.kv_cache
     assert all(d.kv_cache == d.activations == d.streamed == 0 for d in away)
     if any(d.weights for d in away):
         assert run[-1].streamed > 0
         assert f"travel to {run[-1].name} at every step" in made.note
         assert ("unquantized" in made.note) == (mode != "none")
-        # those before are full: the largest layer would not go in
-        layer = plain.weights // 40
-        assert all(d.free - d.needed < layer for d in run)
+        assert all(d.free - d.needed < whole.weights // 12 for d in run)  # full, to a layer
+    assert any(d.weights for d in away) or mode != "none"
     accelerate.utils.modeling.check_device_map(
         meta_model(config, "bfloat16"), dict(made.device_map)
     )
     if mode == "none":
-        assert made.weights == pytest.approx(plain.weights, rel=0.01)
-    assert made.fits == (made.devices[-1].fits and all(d.fits for d in made.devices))
+        assert made.weights == pytest.approx(whole.weights, rel=0.01)
+    assert made.fits or "disk" not in names
 
 
 def test_earlier_devices_are_filled_first_and_a_larger_cache_leaves_them_less() -> None:
