@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MODEL_OPTIONS = (
     "device",
+    "max_memory",
     "dtype",
     "quantize",
     "double_quant",
@@ -179,6 +180,11 @@ def _device(text: str) -> str | list[str]:
     return names if len(names) > 1 else text
 
 
+def _max_memory(text: str) -> dict[str, str]:
+    limits = (limit.partition("=") for limit in text.split(","))
+    return {device.strip(): size for device, _, size in limits}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="inferkit", description="Load, prompt and time language models."
@@ -253,7 +259,15 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _add_model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument(
-        "--device", type=_device, help="auto, cpu, mps, cuda:N, or several: cuda:0,cuda:1"
+        "--device",
+        type=_device,
+        help="auto, cpu, mps, cuda:N, or several: cuda:0,cuda:1 or cuda:0,cpu,disk",
+    )
+    group.add_argument(
+        "--max-memory",
+        type=_max_memory,
+        metavar="LIMITS",
+        help="the most to take of each device: cuda:0=6GiB,cpu=300MB",
     )
     group.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
     group.add_argument("--quantize", metavar="MODE", help="none, int8, nf4 or fp4")

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from inferkit.devices import runners
 from inferkit.errors import UnsupportedModelError
-from inferkit.footprint import (
-    WeightFormat,
-    device_of,
-    packed_growth,
-    quantized_linears,
-    split_modules,
-    weight_bytes,
-)
+from inferkit.footprint import WeightFormat, quantized_linears
 from inferkit.kv import LayerKV
+from inferkit.placement import Part, device_of, fill, offloads, parts_of, split, within
 
 __all__ = ["Demand", "DevicePlan", "Transients"]
 
@@ -27,10 +22,12 @@ class DevicePlan:
     Attributes:
         name: Canonical device name.
         weights: Parameters and buffers placed there.
-        kv_cache: KV cache of the layers placed there.
+        kv_cache: KV cache of the layers that run there.
         activations: Estimate of the peak of one forward step.
         total: The device's memory.
-        free: What of it can be allocated now.
+        free: What of it can be allocated now, and the model may take. Of a disk, the weights that
+            are read from where they are count as free: they need no more room.
+        streamed: The largest of the layers that lie elsewhere and travel here to run.
     """
 
     name: str
@@ -39,11 +36,12 @@ class DevicePlan:
     activations: int
     total: int
     free: int
+    streamed: int = 0
 
     @property
     def needed(self) -> int:
-        """Weights, KV cache and activations together."""
-        return self.weights + self.kv_cache + self.activations
+        """Weights, KV cache, activations and what travels in, together."""
+        return self.weights + self.kv_cache + self.activations + self.streamed
 
     @property
     def fits(self) -> bool:
@@ -118,27 +116,27 @@ class Transients:
 
 @dataclass(frozen=True)
 class Demand:
-    """Weights, layers and forward-step sizes by device, from which any plan follows at once.
+    """What the parts of a model take, from which the plan of any context and batch follows at once.
 
     Attributes:
         memory: Total and free bytes by device.
-        device_map: Module name to device name.
-        weights: Bytes of weights by device.
-        layers: The KV geometry of the layers on each device.
-        logits_on: The device of the output embeddings.
+        parts: What is placed as a whole, in the order in which it runs.
+        geometry: The KV cache of each layer.
+        output: The name of the output embeddings.
         transients: Sizes that bound a forward step.
         itemsize: Bytes of one element of the dtype.
         prefill_chunk: Tokens that one prefill step takes.
+        placed: Module name to device name, where that does not depend on context and batch.
     """
 
     memory: Mapping[str, tuple[int, int]]
-    device_map: Mapping[str, str]
-    weights: Mapping[str, int]
-    layers: Mapping[str, tuple[LayerKV, ...]]
-    logits_on: str
+    parts: tuple[Part, ...]
+    geometry: tuple[LayerKV, ...]
+    output: str
     transients: Transients
     itemsize: int
     prefill_chunk: int
+    placed: Mapping[str, str] | None
 
     @classmethod
     def of(
@@ -150,58 +148,80 @@ class Demand:
         prefill_chunk: int,
         device_map: Mapping[str, str] | None = None,
     ) -> Demand:
-        """Add up what a meta model's modules hold on each of the devices in ``memory``.
+        """Read off a meta model what its modules take on the devices in ``memory``.
 
         Where no ``device_map`` says which module is where, they are spread over the devices.
         """
-        sizes = weight_bytes(meta, form)
-        free = {name: left for name, (_, left) in memory.items()}
-        device_map = device_map or split_modules(meta, sizes, free, form)
-        weights = dict.fromkeys(memory, 0)
-        growth = packed_growth(meta, form, device_map)
-        for name, size in [*sizes.items(), *growth.items()]:
-            weights[device_of(device_map, name)] += size
-        layers: dict[str, tuple[LayerKV, ...]] = dict.fromkeys(memory, ())
-        for name, layer in zip(_layer_names(meta, len(geometry), len(memory)), geometry):
-            layers[device_of(device_map, name)] += (layer,)
-        itemsize = meta.dtype.itemsize
+        names = list(memory)
+        if device_map is None and not offloads(names):
+            device_map = split(meta, {name: left for name, (_, left) in memory.items()}, form)
+        layers = _layer_names(meta, len(geometry), len(names))
         return cls(
             memory=memory,
-            device_map=device_map,
-            weights=weights,
-            layers=layers,
-            logits_on=device_of(device_map, _output_name(meta)),
-            transients=Transients.of(meta, form, itemsize),
-            itemsize=itemsize,
+            parts=parts_of(meta, form, layers, device_map or ()),
+            geometry=tuple(geometry),
+            output=_output_name(meta),
+            transients=Transients.of(meta, form, meta.dtype.itemsize),
+            itemsize=meta.dtype.itemsize,
             prefill_chunk=prefill_chunk,
+            placed=device_map,
         )
+
+    def device_map(self, context: int, rows: int) -> Mapping[str, str]:
+        """The device of each module, by name, for ``rows`` rows of ``context`` tokens."""
+        if self.placed is not None:
+            return self.placed
+        caches = [sum(self._caches(part.layers, context, rows)) for part in self.parts]
+        step = self._step(range(len(self.geometry)), context, rows, logits=True)
+        run = runners(list(self.memory))
+        room = {n: free - step * (n in run) for n, (_, free) in self.memory.items()}
+        return fill(self.parts, room, caches)
 
     def at(self, context: int, rows: int) -> tuple[DevicePlan, ...]:
         """What each device would hold for ``rows`` rows of ``context`` tokens."""
-        return tuple(self._on(name, context, rows) for name in self.memory)
+        placed = self.device_map(context, rows)
+        where = [device_of(placed, part.names[0]) for part in self.parts]
+        return tuple(self._on(name, where, context, rows) for name in self.memory)
 
     def fits(self, context: int, rows: int) -> bool:
         """Whether every device has that much free."""
         return all(d.fits for d in self.at(context, rows))
 
-    def _on(self, name: str, context: int, rows: int) -> DevicePlan:
-        chunk, layers = self.prefill_chunk, self.layers[name]
-        positions = max((layer.capacity(context, chunk) for layer in layers), default=0)
-        tokens = max(min(chunk, context), rows)
-        caches = [layer.bytes(context, rows, self.itemsize, chunk) for layer in layers]
-        activations = self.transients.layer_bytes(tokens, positions, self.itemsize)
-        activations += max(caches, default=0)
-        if name == self.logits_on:
-            activations += self.transients.logits_bytes(rows, self.itemsize)
+    def _on(self, name: str, where: Sequence[str], context: int, rows: int) -> DevicePlan:
+        run = runners(list(self.memory))
         total, free = self.memory[name]
+        here = [p for p, device in zip(self.parts, where) if device == name]
+        if name not in run:
+            return DevicePlan(name, sum(p.parameters for p in here), 0, 0, total, free)
+        guests = [p for p, device in zip(self.parts, where) if device not in run]
+        guests = guests if name == run[-1] else []
+        layers = [index for part in (*here, *guests) for index in part.layers]
+        outputs = [n for part in (*here, *guests) for n in part.names]
+        weights = sum(p.weights + (p.packed if name == "cpu" else 0) for p in here)
         return DevicePlan(
             name=name,
-            weights=self.weights[name],
-            kv_cache=sum(caches),
-            activations=activations,
+            weights=weights + sum(p.buffers for p in guests),
+            kv_cache=sum(self._caches(layers, context, rows)),
+            activations=self._step(
+                layers, context, rows, any(within(self.output, n) for n in outputs)
+            ),
             total=total,
             free=free,
+            streamed=max((p.parameters for p in guests), default=0),
         )
+
+    def _step(self, layers: Iterable[int], context: int, rows: int, logits: bool) -> int:
+        """Bytes of a forward step through these layers, with or without the output embeddings."""
+        chunk, layers = self.prefill_chunk, list(layers)
+        positions = max((self.geometry[i].capacity(context, chunk) for i in layers), default=0)
+        tokens = max(min(chunk, context), rows)
+        step = self.transients.layer_bytes(tokens, positions, self.itemsize)
+        step += max(self._caches(layers, context, rows), default=0)
+        return step + (self.transients.logits_bytes(rows, self.itemsize) if logits else 0)
+
+    def _caches(self, layers: Iterable[int], context: int, rows: int) -> list[int]:
+        chunk = self.prefill_chunk
+        return [self.geometry[i].bytes(context, rows, self.itemsize, chunk) for i in layers]
 
 
 def _output_name(meta: Any) -> str:

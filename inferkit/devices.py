@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import platform
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inferkit.cgroups import cgroup_limits
 from inferkit.errors import DeviceError, OptionError
 from inferkit.html import format_bytes, table, text_table
 
@@ -21,12 +24,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "DeviceTable",
+    "attached_names",
     "devices",
     "dtype_name",
     "find_device",
     "release_memory",
     "resolve_device",
     "resolve_dtype",
+    "runners",
 ]
 
 _DTYPES = {
@@ -40,7 +45,6 @@ _DTYPES = {
     "float": "float32",
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "bf16", "i8mm")
-_NO_LIMIT = 1 << 60  # cgroup v1 writes "unlimited" as a page-rounded 2^63
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Device:
     """One device.
 
     Attributes:
-        name: Canonical name: ``"cuda:0"``, ``"mps"``, ``"cpu"``.
-        kind: ``"cuda"``, ``"mps"`` or ``"cpu"``.
+        name: Canonical name: ``"cuda:0"``, ``"mps"``, ``"cpu"``; ``"disk"`` where weights may lie.
+        kind: ``"cuda"``, ``"mps"``, ``"cpu"`` or ``"disk"``.
         description: What the maker calls it, with what matters for speed.
         total: Memory in bytes; for the CPU no more than the cgroup (container) allows.
         free: Bytes that can be allocated now.
@@ -100,7 +104,7 @@ def devices() -> DeviceTable:
 
     One that does not answer is listed without memory, and its description says why.
     """
-    return DeviceTable(map(_listed, _attached_names()))
+    return DeviceTable(map(_listed, attached_names()))
 
 
 def find_device(name: str) -> Device:
@@ -109,7 +113,9 @@ def find_device(name: str) -> Device:
     Raises:
         DeviceError: The device is not attached, or does not answer.
     """
-    attached = _attached_names()
+    if name == "disk":
+        return _disk()
+    attached = attached_names()
     if name not in attached:
         raise _not_attached(name, attached)
     if name == "cpu":
@@ -117,28 +123,40 @@ def find_device(name: str) -> Device:
     return _mps_device() if name == "mps" else _cuda_device(int(name.removeprefix("cuda:")))
 
 
-def resolve_device(device: Any) -> list[str]:
+def resolve_device(device: Any, imagined: Iterable[str] = ()) -> list[str]:
     """Turn what a person wrote into canonical device names.
 
     Args:
         device: ``"auto"`` (the first CUDA device, else MPS, else the CPU), ``"cpu"``, ``"cuda"``,
-            ``"cuda:N"``, ``"mps"``, a ``torch.device``, or a list of those.
+            ``"cuda:N"``, ``"mps"``, a ``torch.device``, or a list of those; after accelerators the
+            list may have ``"cpu"``, and ``"disk"`` at its end, where weights lie that travel to
+            the device before them when they are needed.
+        imagined: Names that need not be attached.
 
     Raises:
-        OptionError: The value is not a device name, or names a device twice.
+        OptionError: The value is not a device name, or names a device twice or out of order.
         DeviceError: The device is not attached to this machine.
     """
     many = isinstance(device, (list, tuple))
     asked = [_canonical(d, device) for d in (device if many else [device])]
-    attached = _attached_names()
+    attached = attached_names()
     if asked == ["auto"] and not many:
         return attached[:1]
     if not asked or "auto" in asked or len(set(asked)) < len(asked):
         raise _bad_device(device)
     for name in asked:
-        if name not in attached:
+        if name not in (*attached, *imagined, "disk"):
             raise _not_attached(name, attached)
+    _check_order(asked)
     return asked
+
+
+def runners(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of several devices that run layers: the accelerators, or the CPU where there is none.
+
+    On the others, weights lie that travel to the last of these when they are needed.
+    """
+    return tuple(n for n in names if n not in ("cpu", "disk")) or ("cpu",)
 
 
 def resolve_dtype(
@@ -163,7 +181,7 @@ def resolve_dtype(
     """
     if dtype != "auto":
         return dtype_name(dtype)
-    deciding = [d for d in device_names if d != "cpu"] or list(device_names)
+    deciding = runners(device_names)
     stored = str(checkpoint_dtype).removeprefix("torch.")
     liked = {_preferred_dtype(d, stored) for d in deciding}
     return liked.pop() if len(liked) == 1 else "float16"
@@ -221,7 +239,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def _canonical(device: Any, given: Any) -> str:
     text = str(device).strip().lower()
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|disk|mps|cuda(:\d+)?", text):
         raise _bad_device(given)
     kind, _, index = text.partition(":")
     return f"cuda:{int(index or 0)}" if kind == "cuda" else kind
@@ -234,6 +252,26 @@ def _bad_device(device: Any) -> OptionError:
     )
 
 
+def _check_order(names: Sequence[str]) -> None:
+    """Accelerators, then "cpu", then "disk", and something that runs layers."""
+    if list(names) == ["disk"]:
+        raise OptionError(
+            "device='disk' runs nothing: name what runs the layers before it, such as "
+            "['cpu', 'disk'] or ['cuda:0', 'disk']."
+        )
+    right = sorted(names, key=lambda name: (name == "cpu") + 2 * (name == "disk"))
+    if list(names) != right:
+        raise OptionError(
+            f"device={list(names)!r}: 'cpu' comes after accelerators and 'disk' last, because "
+            f"earlier devices are filled first; write {right!r}."
+        )
+    if "mps" in names and "cpu" in names:
+        raise OptionError(
+            f"device={list(names)!r}: the GPU of a Mac has its memory from the CPU, so that "
+            "nothing is gained there; write 'mps', or ['mps', 'disk']."
+        )
+
+
 def _not_attached(name: str, attached: Sequence[str]) -> DeviceError:
     return DeviceError(
         f"{name} is not attached to this machine; attached: {', '.join(attached)}. "
@@ -241,7 +279,8 @@ def _not_attached(name: str, attached: Sequence[str]) -> DeviceError:
     )
 
 
-def _attached_names() -> list[str]:
+def attached_names() -> list[str]:
+    """Canonical names of what is attached, the one that ``device="auto"`` picks first."""
     import torch
 
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -255,6 +294,8 @@ def _preferred_dtype(name: str, stored: str) -> str:
         return "bfloat16" if _cpu_has_bf16() else "float32"
     if name == "mps" or stored == "float16":
         return "float16"
+    if name not in attached_names():  # imagined: one of today's
+        return "bfloat16"
     return "bfloat16" if torch.cuda.get_device_capability(name) >= (8, 0) else "float16"
 
 
@@ -301,9 +342,16 @@ def _cpu_device() -> Device:
 
     host = psutil.virtual_memory()
     total, free = int(host.total), int(host.available)
-    for limit, left in _cgroup_limits():
+    for limit, left in cgroup_limits():
         total, free = min(total, limit), min(free, left)
     return Device("cpu", "cpu", _cpu_description(), total, max(0, free), _cpu_has_bf16())
+
+
+def _disk() -> Device:
+    """The disk with the folder for temporary files, where offloaded weights are written."""
+    folder = tempfile.gettempdir()
+    usage = shutil.disk_usage(folder)
+    return Device("disk", "disk", folder, usage.total, usage.free, False)
 
 
 def _cpu_has_bf16() -> bool:
@@ -341,48 +389,3 @@ def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
         fields.setdefault(key.strip().lower(), value.strip())
     flags = fields.get("flags") or fields.get("features", "")
     return fields.get("model name", ""), frozenset(flags.split())
-
-
-def _cgroup_limits(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> list[tuple[int, int]]:
-    """(limit, bytes left under it) of every cgroup above this process that sets a memory limit.
-
-    Reads version 2 (``memory.max``) and version 1 (``memory.limit_in_bytes``). File cache that the
-    kernel can drop counts as left, as in the working set of Kubernetes, but for both LRU lists.
-    A container often sees its own group as the root although its path says otherwise, so paths
-    that are missing are passed over on the way up to the root.
-    """
-    found: list[tuple[int, int]] = []
-    if not membership.exists():
-        return found
-    for line in membership.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, files = root, ("memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            base = root / "memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-        else:
-            continue
-        leaf = base / path.lstrip("/")
-        for group in (leaf, *leaf.parents):
-            found += _read_cgroup(group, *files)
-            if group == base:
-                break
-    return found
-
-
-def _read_cgroup(
-    group: Path, limit_file: str, usage_file: str, prefix: str
-) -> list[tuple[int, int]]:
-    limit_path, usage_path = group / limit_file, group / usage_file
-    if not (limit_path.exists() and usage_path.exists()):
-        return []
-    text = limit_path.read_text().strip()
-    if text == "max" or int(text) >= _NO_LIMIT:
-        return []
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
-    used = max(0, int(usage_path.read_text()) - cache)
-    return [(int(text), max(0, int(text) - used))]

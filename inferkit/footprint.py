@@ -7,9 +7,7 @@ and nothing is allocated or downloaded.
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +19,11 @@ __all__ = [
     "QUANTIZE_MODES",
     "WeightFormat",
     "asked_format",
-    "device_of",
+    "kept_in_fp32",
     "meta_model",
     "packed_growth",
     "quantized_linears",
-    "split_modules",
+    "tensors",
     "weight_bytes",
     "weight_format",
 ]
@@ -200,9 +198,9 @@ def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, in
 def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
     """Bytes of each parameter and buffer once loaded; tied weights appear once."""
     quantized = quantized_linears(model, form)
-    in_fp32 = _kept_in_fp32(model)
+    in_fp32 = kept_in_fp32(model)
     sizes: dict[str, int] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in tensors(model):
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and owner in quantized:
             sizes[name] = form.linear_bytes(*quantized[owner])
@@ -213,8 +211,8 @@ def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
     return sizes
 
 
-def packed_growth(model: Any, form: WeightFormat, device_map: Mapping[str, str]) -> dict[str, int]:
-    """Bytes that packing adds to the plain weights, by module name (see :mod:`inferkit.packing`).
+def packed_growth(model: Any, form: WeightFormat) -> dict[str, int]:
+    """Bytes that packing adds on a CPU, by module name (see :mod:`inferkit.packing`).
 
     Whole blocks take a little more than a matrix that does not divide by them. A matrix that is
     the input embeddings' too has a packed copy beside it.
@@ -223,103 +221,26 @@ def packed_growth(model: Any, form: WeightFormat, device_map: Mapping[str, str])
 
     from inferkit.packing import packable, packed_bytes
 
-    quantized, in_fp32 = quantized_linears(model, form), _kept_in_fp32(model)
+    if not packable("cpu", str(model.dtype).removeprefix("torch.")):
+        return {}
+    quantized, in_fp32 = quantized_linears(model, form), kept_in_fp32(model)
     embeddings = model.get_input_embeddings().weight
-    dtype = str(model.dtype).removeprefix("torch.")
     growth = {}
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or name in quantized or in_fp32(f"{name}.weight"):
             continue
-        if packable(device_of(device_map, name), dtype):
-            plain = 0 if module.weight is embeddings else module.weight.nbytes
-            growth[name] = packed_bytes(*module.weight.shape) - plain
+        plain = 0 if module.weight is embeddings else module.weight.nbytes
+        growth[name] = packed_bytes(*module.weight.shape) - plain
     return growth
 
 
-def split_modules(
-    model: Any, sizes: Mapping[str, int], free: Mapping[str, int], form: WeightFormat
-) -> dict[str, str]:
-    """Spread the modules over devices, in order, in proportion of free memory.
-
-    Args:
-        model: The meta model.
-        sizes: From :func:`weight_bytes`.
-        free: Free bytes by device name; its order is the order of the layers.
-        form: The format of the weights.
-
-    Returns:
-        A device map that ``from_pretrained`` accepts: module name to device name. No layer is cut
-        in two. Nothing goes to disk: what the earlier devices cannot take, the last one gets, and
-        the plan then says that it does not fit.
-    """
-    names = list(free)
-    if len(names) == 1:
-        return {"": names[0]}
-    whole = sorted(model._no_split_modules or ())
-    blocks = [n for n, m in model.named_modules() if type(m).__name__ in whole]
-    block = max((sum(_under(sizes, b).values()) for b in blocks), default=max(sizes.values()))
-    largest = max(sizes.values())
-    share = sum(sizes.values()) / max(1, sum(free.values()))
-    special = _special_dtypes(model, form)
-
-    def attempt(slack: float) -> dict[str, str]:
-        # accelerate keeps room on its first device for layers that return from offload. Nothing
-        # is offloaded here, so that first device is one that does not exist and has no room.
-        budget = {0: 0} | {i: int(share * free[n] + slack) for i, n in enumerate(names, start=1)}
-        if largest <= free[names[0]]:  # else a large embedding would move all to later devices
-            budget[1] = max(budget[1], int(largest + slack))
-        budget[len(names)] = 2 * sum(sizes.values()) + block
-        placed = infer_auto_device_map(
-            model, max_memory=budget, no_split_module_classes=whole, special_dtypes=special
-        )
-        return {module: names[int(position) - 1] for module, position in placed.items()}
-
-    def fullest(device_map: Mapping[str, str]) -> float:
-        load = dict.fromkeys(names, 0)
-        for name, size in sizes.items():
-            load[device_of(device_map, name)] += size
-        return max(load[name] / max(1, free[name]) for name in names)
-
-    from accelerate import infer_auto_device_map
-
-    with _quiet("accelerate.utils.modeling"):  # it warns of devices that are not attached here
-        # What whole layers leave over adds up on the last device; more slack shares it out.
-        return min((attempt(part * block) for part in (0.25, 0.5, 1.0)), key=fullest)
-
-
-def device_of(device_map: Mapping[str, str], name: str) -> str:
-    """The device of a module or tensor: that of the nearest module above it in the map.
-
-    A module that the map cuts in parts is where its first part is.
-    """
-    parent = name
-    while parent and parent not in device_map:
-        parent = parent.rpartition(".")[0]
-    if parent in device_map:
-        return device_map[parent]
-    return next(d for module, d in device_map.items() if module.startswith(f"{name}."))
-
-
-def _under(sizes: Mapping[str, int], module: str) -> dict[str, int]:
-    return {name: size for name, size in sizes.items() if name.startswith(module + ".")}
-
-
-def _special_dtypes(model: Any, form: WeightFormat) -> dict[str, Any]:
-    import torch
-    from accelerate.utils import CustomDtype
-
-    packed = torch.int8 if form.mode == "int8" else CustomDtype.INT4
-    special: dict[str, Any] = {f"{n}.weight": packed for n in quantized_linears(model, form)}
-    in_fp32 = _kept_in_fp32(model)
-    return special | {n: torch.float32 for n, _ in _tensors(model) if in_fp32(n)}
-
-
-def _tensors(model: Any) -> Iterator[tuple[str, Any]]:
+def tensors(model: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters and buffers with their names; tied ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _kept_in_fp32(model: Any) -> Any:
+def kept_in_fp32(model: Any) -> Callable[[str], bool]:
     """A predicate: whether from_pretrained loads this tensor in fp32 whatever the dtype."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -328,14 +249,3 @@ def _kept_in_fp32(model: Any) -> Any:
         return lambda name: False
     alternation, *_ = build_glob_alternation(patterns)
     return lambda name: alternation.search(name) is not None
-
-
-@contextmanager
-def _quiet(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -8,19 +8,23 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
 from inferkit.catalog import Source
-from inferkit.devices import out_of_memory, release_memory
+from inferkit.devices import out_of_memory, release_memory, runners
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
+from inferkit.placement import offloads, quiet
 from inferkit.quantize import loading_config, quantized_tensors, release_quantized
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from inferkit.offload import Offloaded
 
 
 # A tokenizer with a vocabulary of 262,144 takes 240 MiB, and a notebook that shows one keeps it:
@@ -47,6 +51,7 @@ class Loaded:
         defaults: The sampling options that the model's authors recommend.
         vocab_size: Rows of the input embedding; prompts must stay below.
         devices: Canonical names.
+        offloaded: The weights that lie elsewhere than on the device that runs them, if there are.
     """
 
     module: Any
@@ -55,6 +60,7 @@ class Loaded:
     defaults: dict[str, Any]
     vocab_size: int
     devices: tuple[str, ...]
+    offloaded: Offloaded | None
 
 
 def load_files(
@@ -66,9 +72,10 @@ def load_files(
         DamagedFileError: A weight file cannot be read, or lacks weights.
         LoadError: Anything else went wrong; what was read is released.
     """
+    offloaded = None
     try:
         with _progress_bars(progress):
-            module = _read_weights(source, plan, trust_remote_code, progress)
+            module, offloaded = _read_weights(source, plan, trust_remote_code, progress)
             tokenizer = read_tokenizer(source, trust_remote_code)
         return Loaded(
             module=module,
@@ -77,21 +84,27 @@ def load_files(
             defaults=_defaults(module),
             vocab_size=module.get_input_embeddings().weight.shape[0],
             devices=tuple(d.name for d in plan.devices),
+            offloaded=offloaded,
         )
     except BaseException as error:
-        module = tokenizer = None
+        if offloaded is not None:
+            offloaded.release()
+        module = tokenizer = offloaded = None
         problem = failure(error, source, plan)
     raise problem
 
 
-def weight_bytes(module: Any) -> int:
-    """Bytes of a model's tensors as they are now; shared ones once."""
+def weight_bytes(loaded: Loaded) -> int:
+    """Bytes of a model's tensors in memory as they are now; shared ones once."""
     from inferkit.packing import PackedLinear
 
+    module = loaded.module
     packed = sum(m.packed_bytes for m in module.modules() if isinstance(m, PackedLinear))
     tensors = [*module.parameters(), *module.buffers(), *quantized_tensors(module)]
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return packed + sum(stored.values())
+    here = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+    stored = {storage.data_ptr(): storage.nbytes() for storage in here}
+    away = 0 if loaded.offloaded is None else loaded.offloaded.nbytes
+    return packed + away + sum(stored.values())
 
 
 def release(loaded: Loaded) -> None:
@@ -116,6 +129,8 @@ def release_weights(loaded: Loaded) -> None:
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         release_quantized(loaded.module)
         release_packed(loaded.module)
+    if loaded.offloaded is not None:
+        loaded.offloaded.release()
     loaded.module = None
     release_memory(loaded.devices)
 
@@ -141,24 +156,47 @@ def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseExcep
 
 def _read_weights(
     source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: bool
-) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
+) -> tuple[Any, Offloaded | None]:
     from inferkit.packing import limit_kernels, pack_linears
 
     limit_kernels()
+    with ExitStack() as undo:
+        module = _from_pretrained(source, plan, trust_remote_code, undo)
+        # Without gradients: an autograd graph that somebody keeps would keep the weights.
+        module.eval().requires_grad_(False)
+        offloaded = None
+        names = [d.name for d in plan.devices]
+        if offloads(names):
+            from inferkit.offload import offload
 
+            offloaded = offload(module, plan.device_map, runners(names), undo.pop_all().close)
+    pack_linears(module, progress=progress)
+    _own_memory(module)
+    _dense_input(module.get_output_embeddings())
+    return module, offloaded
+
+
+def _from_pretrained(
+    source: Source, plan: MemoryPlan, trust_remote_code: bool, undo: ExitStack
+) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, names = None, [d.name for d in plan.devices]
+    if "disk" in plan.device_map.values():
+        folder = undo.enter_context(TemporaryDirectory(prefix="inferkit-offloaded-"))
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            dtype=getattr(torch, plan.dtype),
-            device_map=_device_map(plan),
-            quantization_config=loading_config(plan.format, plan.dtype),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with quiet("accelerate.big_modeling"):  # it warns of what was asked for
+            module, found = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype=getattr(torch, plan.dtype),
+                device_map=_device_map(plan),
+                offload_folder=folder,
+                quantization_config=loading_config(plan.format, plan.dtype, offloads(names)),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -173,11 +211,6 @@ def _read_weights(
             f"{plan.architecture}: {', '.join(missing[:3])}{', ...' if missing[3:] else ''}. "
             "Get the model again; or its config.json belongs to another model."
         )
-    # Without gradients: an autograd graph that somebody keeps would keep the weights.
-    module.eval().requires_grad_(False)
-    pack_linears(module, progress=progress)
-    _own_memory(module)
-    _dense_input(module.get_output_embeddings())
     return module
 
 
@@ -209,10 +242,18 @@ def _dense_input(head: Any) -> None:
         head.register_forward_pre_hook(pack)
 
 
-def _device_map(plan: MemoryPlan) -> dict[str, str]:
+def _device_map(plan: MemoryPlan) -> dict[str, Any]:
+    """The plan's device map, with "cpu" as accelerate means it: where weights lie offloaded.
+
+    A CPU that runs layers is given as a torch device; bitsandbytes quantizes the weights on it.
+    """
+    import torch
+
     if len(plan.devices) == 1:
         return {"": plan.devices[0].name}
-    return dict(plan.device_map)
+    run = runners([d.name for d in plan.devices])
+    cpu = torch.device("cpu") if run == ("cpu",) else "cpu"
+    return {name: cpu if d == "cpu" else d for name, d in plan.device_map.items()}
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -279,7 +320,13 @@ def _defaults(module: Any) -> dict[str, Any]:
 def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
     kind, line = type(error).__name__, _first_line(error)
     problem: ModelError
-    if kind in ("SafetensorError", "UnpicklingError"):
+    if "No space left on device" in line:
+        problem = LoadError(
+            f"The disk is full: weights of {source.ref!r} that lie offloaded are written to "
+            f"{gettempdir()}. Make room there, or have TMPDIR name another folder before Python "
+            "starts."
+        )
+    elif kind in ("SafetensorError", "UnpicklingError"):
         problem = DamagedFileError(
             f"A weight file in {source.path} cannot be read ({line}). Get the model again."
         )

@@ -5,13 +5,18 @@ from __future__ import annotations
 import inspect
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from inferkit.demand import Demand, DevicePlan
-from inferkit.devices import find_device, resolve_device, resolve_dtype
-from inferkit.errors import DoesNotFitError, OptionError
+from inferkit.devices import (
+    attached_names,
+    find_device,
+    resolve_device,
+    resolve_dtype,
+    runners,
+)
+from inferkit.errors import DeviceError, OptionError, UnsupportedModelError
 from inferkit.footprint import (
     QUANTIZE_MODES,
     WeightFormat,
@@ -19,8 +24,10 @@ from inferkit.footprint import (
     meta_model,
     weight_format,
 )
-from inferkit.html import format_bytes, table, text_table
+from inferkit.html import format_bytes
 from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
+from inferkit.memory_plan import MemoryPlan
+from inferkit.placement import check_offload, read_in_place, resolve_max_memory
 from inferkit.sampling import unknown_option
 
 __all__ = [
@@ -42,162 +49,6 @@ _MOST_CONTEXT = 1 << 20  # where the search stops for models without a maximum o
 _MOST_ROWS = 1 << 12  # where the search for a larger batch stops
 
 
-@dataclass(frozen=True, repr=False)
-class MemoryPlan:
-    """The memory a model would take, and whether the devices have it. Sizes are in bytes.
-
-    Attributes:
-        model: The reference as given.
-        architecture: transformers' class name.
-        format: How weights are kept: the quantize mode and its details.
-        dtype: torch's name of the dtype of KV cache and unquantized weights.
-        context: Tokens per row.
-        max_batch: Rows.
-        devices: One entry per device, in the order of the layers.
-        device_map: Module name to device name, as ``from_pretrained`` takes it.
-        max_context: The largest context that fits at this ``max_batch``, at most the model's
-            maximum; 0 if none does.
-        batch_by_mode: The largest batch that fits at this ``context`` under each quantize mode that
-            this checkpoint could be loaded in; 0 if none does.
-        totals: Bytes needed under each of those modes.
-        alternatives: Those of the other modes that would fit.
-        note: Something about the checkpoint that makes the numbers an upper bound, or "".
-    """
-
-    model: str
-    architecture: str
-    format: WeightFormat
-    dtype: str
-    context: int
-    max_batch: int
-    devices: tuple[DevicePlan, ...]
-    device_map: Mapping[str, str] = field(hash=False)
-    max_context: int
-    batch_by_mode: Mapping[str, int] = field(hash=False)
-    totals: Mapping[str, int] = field(hash=False)
-    alternatives: Mapping[str, int] = field(hash=False)
-    note: str = ""
-
-    @property
-    def quantize(self) -> str:
-        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``."""
-        return self.format.mode
-
-    @property
-    def max_batch_fit(self) -> int:
-        """The largest batch that fits at this ``context``; 0 if none does."""
-        return self.batch_by_mode[self.quantize]
-
-    @property
-    def weights(self) -> int:
-        """Bytes of parameters and buffers as they are kept; tied ones once, unless packed."""
-        return sum(d.weights for d in self.devices)
-
-    @property
-    def kv_cache(self) -> int:
-        """Bytes of the KV cache for ``max_batch`` rows of ``context`` tokens."""
-        return sum(d.kv_cache for d in self.devices)
-
-    @property
-    def activations(self) -> int:
-        """Bytes of one forward step at its peak, a conservative estimate."""
-        return sum(d.activations for d in self.devices)
-
-    @property
-    def total(self) -> int:
-        """Bytes needed over all devices."""
-        return sum(d.needed for d in self.devices)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every device has what it needs free."""
-        return all(d.fits for d in self.devices)
-
-    def explain(self) -> str:
-        """Say in a sentence or two what is needed, what is free, and what to do about it."""
-        text = f"{self.model} needs {self._needs()}; {self._advice()}."
-        return f"{text} {self.note}" if self.note else text
-
-    def require(self) -> MemoryPlan:
-        """Return the plan itself if it fits.
-
-        Raises:
-            DoesNotFitError: It does not; the message is :meth:`explain`'s, ``error.plan`` the plan.
-        """
-        if not self.fits:
-            raise DoesNotFitError(self.explain(), self)
-        return self
-
-    def within(self, other: MemoryPlan) -> bool:
-        """Whether no device has to hold more than by another plan."""
-        before = {d.name: d.needed for d in other.devices}
-        return all(d.needed <= before.get(d.name, 0) for d in self.devices)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values for JSON, sizes in bytes."""
-        whole = ("quantize", "max_batch_fit", "weights", "kv_cache", "activations", "total", "fits")
-        made = asdict(self)
-        made["devices"] = [asdict(d) | {"needed": d.needed, "fits": d.fits} for d in self.devices]
-        return made | {name: getattr(self, name) for name in whole}
-
-    def __repr__(self) -> str:
-        return f"{self._title()}\n{text_table(_HEADER, self._rows())}\n{self.explain()}"
-
-    def _repr_html_(self) -> str:
-        return table(_HEADER, self._rows(), caption=self._title(), note=self.explain())
-
-    def _title(self) -> str:
-        return (
-            f"{self.model} ({self.architecture}, {self.dtype}, quantize={str(self.format)!r}, "
-            f"context={self.context}, max_batch={self.max_batch})"
-        )
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        rows = []
-        for d in self.devices:
-            sizes = (d.weights, d.kv_cache, d.activations, d.needed, d.free, d.total)
-            rows.append((d.name, *map(format_bytes, sizes), "yes" if d.fits else "no"))
-        return rows
-
-    def _needs(self) -> str:
-        if self.fits:
-            names = ", ".join(d.name for d in self.devices)
-            return _against(self.total, names, sum(d.free for d in self.devices))
-        worst = max(self.devices, key=lambda d: d.needed - d.free)
-        return _against(worst.needed, worst.name, worst.free)
-
-    def _advice(self) -> str:
-        if self.fits:
-            return (
-                f"at max_batch={self.max_batch} up to context={self.max_context} fits, "
-                f"at context={self.context} up to max_batch={self.max_batch_fit}"
-            )
-        ways = [
-            f"quantize={m!r} needs {format_bytes(self.alternatives[m])}" for m in self._better()
-        ]
-        if self.max_context:
-            ways.append(f"context={self.max_context} fits at max_batch={self.max_batch}")
-        if self.max_batch_fit:
-            ways.append(f"max_batch={self.max_batch_fit} fits at context={self.context}")
-        if ways:
-            return " or ".join(ways)
-        smallest = min(self.totals, key=lambda mode: self.totals[mode])
-        if rows := self.batch_by_mode[smallest]:
-            return f"quantize={smallest!r} with max_batch={rows} fits at context={self.context}"
-        return (
-            f"the smallest mode, quantize={smallest!r}, needs "
-            f"{format_bytes(self.totals[smallest])}; "
-            "use a smaller model, a smaller context with a smaller max_batch, or more devices"
-        )
-
-    def _better(self) -> list[str]:
-        """Alternatives worth naming: fp4 takes as much as nf4 and rounds worse."""
-        return [m for m in self.alternatives if m != "fp4" or "nf4" not in self.alternatives]
-
-
-_HEADER = ("device", "weights", "KV cache", "activations", "needed", "free", "memory", "fits")
-
-
 def plan(
     ref_or_config: Any,
     quantize: str = "none",
@@ -211,6 +62,7 @@ def plan(
     trust_remote_code: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
     free: Mapping[str, int] | None = None,
+    max_memory: Mapping[str, int | str] | None = None,
     **unknown: Any,
 ) -> MemoryPlan:
     """Plan the memory of a model from its config alone, before any weight is read.
@@ -225,7 +77,9 @@ def plan(
         context: Tokens per row, prompt and completion; None is 4096 or the model's maximum if
             that is less.
         max_batch: Rows that run at once.
-        device: As in :func:`inferkit.devices.resolve_device`.
+        device: As in :func:`inferkit.devices.resolve_device`. Where a list goes on to "cpu" or
+            "disk", earlier devices are filled first, and what lies on the later ones travels at
+            every step, which is slow.
         dtype: As in :func:`inferkit.devices.resolve_dtype`.
         double_quant: Quantize the scales of a 4-bit mode again (bitsandbytes' nested quantization).
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
@@ -233,7 +87,9 @@ def plan(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Let the repository bring its own model code.
         prefill_chunk: Tokens that one prefill step takes.
-        free: Free bytes by device name, in place of what the devices say.
+        free: Free bytes by device name, in place of what the devices say; those named here need
+            not be attached.
+        max_memory: The most to take of a device, by name: bytes, or a size such as "6GiB".
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:
@@ -255,7 +111,7 @@ def plan(
         config = catalog.config(
             ref_or_config, revision=revision, trust_remote_code=trust_remote_code
         )
-    names = resolve_device(device)
+    names = resolve_device(device, imagined=free or ())
     return plan_config(
         config,
         form=asked,
@@ -265,6 +121,7 @@ def plan(
         dtype=resolve_dtype(dtype, names, stored_dtype(config)),
         model=name,
         free=free,
+        max_memory=resolve_max_memory(max_memory, names),
         prefill_chunk=prefill_chunk,
         trust_remote_code=trust_remote_code,
     )
@@ -281,6 +138,7 @@ def plan_config(
     model: str | None = None,
     free: Mapping[str, int] | None = None,
     adjust: Mapping[str, int] | None = None,
+    max_memory: Mapping[str, int] | None = None,
     device_map: Mapping[str, str] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     trust_remote_code: bool = False,
@@ -288,27 +146,42 @@ def plan_config(
     """:func:`plan` for a config, with device names and dtype already resolved.
 
     Devices named in ``free`` need not be attached; their memory is taken to be what is free. To
-    what the others say is free, ``adjust`` adds what will be free by then, less what is promised.
-    A ``device_map`` says where the modules are, of a model that is loaded.
+    what the others say is free, ``adjust`` adds what will be free by then, less what is promised;
+    of that, no more than ``max_memory`` is taken. A ``device_map`` says where the modules are,
+    of a model that is loaded.
     """
     kept, note = weight_format(config, form)
+    check_offload(config, devices)
     context = checked_context(config, context)
     check_whole("max_batch", max_batch)
     check_whole("prefill_chunk", prefill_chunk)
     meta = meta_model(config, dtype, trust_remote_code)
     geometry = read_geometry(meta)
-    memory = _memory(devices, free or {}, adjust or {})
+
+    def memory(names: Sequence[str]) -> dict[str, tuple[int, int]]:
+        in_place = read_in_place(meta) if "disk" in names else 0
+        kept_back = {"disk": in_place, **(adjust or {})}
+        return _memory(names, free or {}, kept_back, max_memory or {})
 
     def demand(mode: str) -> Demand:
         if mode == kept.mode:
-            return Demand.of(meta, geometry, kept, memory, prefill_chunk, device_map)
-        return Demand.of(meta, geometry, WeightFormat(mode), memory, prefill_chunk)
+            return Demand.of(meta, geometry, kept, memory(devices), prefill_chunk, device_map)
+        return Demand.of(meta, geometry, WeightFormat(mode), memory(devices), prefill_chunk)
+
+    def fits_on(names: Sequence[str]) -> bool:
+        try:
+            wider = Demand.of(meta, geometry, kept, memory(names), prefill_chunk)
+        except (DeviceError, UnsupportedModelError):  # busy; or layers that cannot be told apart
+            return False
+        return wider.fits(context, max_batch)
 
     stored = getattr(config, "quantization_config", None) is not None
     demands = {m: demand(m) for m in ((kept.mode,) if stored else QUANTIZE_MODES)}
     chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}
+    fits = all(d.fits for d in plans[kept.mode])
+    wider = () if fits or stored else _wider_lists(devices, free)
     return MemoryPlan(
         model=model or getattr(config, "name_or_path", "") or type(meta).__name__,
         architecture=type(meta).__name__,
@@ -317,7 +190,7 @@ def plan_config(
         context=context,
         max_batch=max_batch,
         devices=plans[kept.mode],
-        device_map=chosen.device_map,
+        device_map=chosen.device_map(context, max_batch),
         max_context=_longest(chosen, max_batch, context_limit(config) or _MOST_CONTEXT),
         batch_by_mode={mode: _most_rows(needed, context) for mode, needed in demands.items()},
         totals=totals,
@@ -326,7 +199,9 @@ def plan_config(
             for mode, held in plans.items()
             if mode != kept.mode and all(d.fits for d in held)
         },
-        note=note,
+        note=" ".join(filter(None, (note, _offload_note(plans[kept.mode], kept)))),
+        max_memory=max_memory or {},
+        spread=next((names for names in wider if fits_on(names)), ()),
     )
 
 
@@ -340,25 +215,49 @@ def context_limit(config: Any) -> int | None:
     return None
 
 
-def _against(needed: int, where: str, free: int) -> str:
-    digits = 1
-    while digits < 4 and format_bytes(needed, digits) == format_bytes(free, digits):
-        digits += 1  # "needs 11.2 GiB and 11.2 GiB are free" explains nothing
-    return f"{format_bytes(needed, digits)} on {where} and {format_bytes(free, digits)} are free"
-
-
 def _memory(
-    names: Sequence[str], free: Mapping[str, int], adjust: Mapping[str, int]
+    names: Sequence[str],
+    free: Mapping[str, int],
+    adjust: Mapping[str, int],
+    limits: Mapping[str, int],
 ) -> dict[str, tuple[int, int]]:
     """Total and free bytes of each device; those named in ``free`` need not be attached."""
     memory = {}
     for name in names:
         if name in free:
-            memory[name] = (free[name], free[name])
+            total = left = free[name]
         else:
             device = find_device(name)
-            memory[name] = (device.total, max(0, device.free + adjust.get(name, 0)))
+            total, left = device.total, max(0, device.free + adjust.get(name, 0))
+        memory[name] = (total, min(left, limits.get(name, left)))
     return memory
+
+
+def _wider_lists(names: Sequence[str], free: Mapping[str, int] | None) -> Iterator[tuple[str, ...]]:
+    """Longer lists of devices: all accelerators, then the CPU too, then the disk too."""
+    own = all_of_them = runners(names)
+    hosts: tuple[tuple[str, ...], ...] = ((), ("cpu",), ("cpu", "disk"))
+    if own != ("cpu",):
+        there = attached_names() if free is None else free
+        all_of_them += tuple(n for n in there if n not in (*own, "cpu", "disk"))
+    if {"cpu", "mps"} & set(all_of_them):
+        hosts = ((), ("disk",))
+    for host in hosts:
+        # One that is small or busy, and the last, could not run what is offloaded.
+        for run in dict.fromkeys((all_of_them, own)):
+            if len(run + host) > len(names):
+                yield run + host
+
+
+def _offload_note(devices: Sequence[DevicePlan], form: WeightFormat) -> str:
+    names = [d.name for d in devices]
+    run = runners(names)
+    away = [d for d in devices if d.name not in run and d.weights]
+    if not away:
+        return ""
+    sizes = " and ".join(f"{format_bytes(d.weights)} on {d.name}" for d in away)
+    plain = "" if form.mode == "none" else ", and stay unquantized"
+    return f"The weights that lie offloaded, {sizes}, travel to {run[-1]} at every step{plain}."
 
 
 def stored_dtype(config: Any) -> str | None:

@@ -261,7 +261,9 @@ class Model:
         """Change how requests are batched; what is not given stays.
 
         The policy holds at once, for requests that wait too. A new ``max_batch`` or ``context``
-        needs a new KV cache: requests that run finish first, then those that wait go on.
+        needs a new KV cache: requests that run finish first, then those that wait go on. Where a
+        model is split over devices and the larger cache does not fit beside its layers, these are
+        placed anew, and read again as `quantize` does.
 
         Raises:
             OptionError: An unknown option or policy, a batch below 1, or a context that the model
@@ -456,7 +458,12 @@ class Model:
                 return
             if reads:
                 self._check_original()
-            plan = self._planned(identity, rows, length)
+            kept = None if reads else self.plan.device_map
+            plan = self._planned(identity, rows, length, kept)
+            if not (reads or plan.fits or plan.within(self.plan)):
+                moved = self._planned(identity, rows, length)
+                if moved.fits and moved.device_map != kept:
+                    plan, reads = moved, True
             if not (force or plan.within(self.plan)):
                 plan.require()
             if reads:
@@ -483,8 +490,17 @@ class Model:
                 f"read: it stays as it is. To use another mode, load the unquantized checkpoint."
             )
 
-    def _planned(self, identity: Identity, max_batch: int, context: int) -> MemoryPlan:
-        """The plan for this model as another identity and size, in place of the present one."""
+    def _planned(
+        self,
+        identity: Identity,
+        max_batch: int,
+        context: int,
+        device_map: Mapping[str, str] | None = None,
+    ) -> MemoryPlan:
+        """The plan for this model as another identity and size, in place of the present one.
+
+        Where no ``device_map`` says that its modules stay where they are, they are placed anew.
+        """
         parts = self._parts
         return memory.plan_config(
             parts.config,
@@ -495,7 +511,8 @@ class Model:
             dtype=identity.dtype,
             model=self.ref,
             adjust=self._gain(),
-            device_map=self.plan.device_map if identity == parts.identity else None,
+            max_memory=dict(identity.max_memory),
+            device_map=device_map,
             prefill_chunk=identity.prefill_chunk,
             trust_remote_code=identity.trust_remote_code,
         )
@@ -509,6 +526,8 @@ class Model:
         """
         gain = {"cpu": -self._promised(self)}
         for device in self.plan.devices:
+            if device.name == "disk":
+                continue  # nothing of it is taken from what is free
             cache = 0 if device.name == "cpu" else device.kv_cache
             gain[device.name] = gain.get(device.name, 0) + device.weights + cache
         return gain

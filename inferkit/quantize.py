@@ -21,12 +21,13 @@ _NOISE = (
 )
 
 
-def loading_config(form: WeightFormat, dtype: str) -> Any:
+def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> Any:
     """The transformers quantization config of a format, or None for "none".
 
     Args:
         form: The mode and its details.
         dtype: torch's name of the model's dtype.
+        offloads: Whether modules lie on "cpu" or "disk" and run elsewhere; they stay unquantized.
     """
     if form.mode == "none":
         return None
@@ -35,9 +36,12 @@ def loading_config(form: WeightFormat, dtype: str) -> Any:
 
     for logger, message in _NOISE:
         logging.getLogger(logger).addFilter(message)
+    # The name is older than what it does: for every mode, and in the model's dtype.
+    offload = {"llm_int8_enable_fp32_cpu_offload": offloads}
     if form.mode == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **offload)
     return BitsAndBytesConfig(
+        **offload,
         load_in_4bit=True,
         bnb_4bit_quant_type=form.mode,
         bnb_4bit_use_double_quant=form.double_quant,

@@ -25,6 +25,7 @@ from inferkit.kv import PREFILL_CHUNK
 from inferkit.loading import file_states
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
+from inferkit.placement import check_offload, resolve_max_memory
 from inferkit.resident import Identity, take_in
 
 _table: dict[str, Model] = {}
@@ -72,6 +73,7 @@ def load(
     ref: catalog.Ref,
     *,
     device: Any = "auto",
+    max_memory: Mapping[str, int | str] | None = None,
     dtype: Any = "auto",
     quantize: str = "none",
     batching: Batching = "continuous",
@@ -97,7 +99,12 @@ def load(
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
-        device: "auto", "cpu", "cuda:N", "mps", or a list of devices to split the layers over.
+        device: "auto", "cpu", "cuda:N", "mps", or a list of devices to split the layers over. After
+            accelerators the list may have "cpu", and "disk" at its end: ["cuda:0", "cpu", "disk"].
+            Then earlier devices are filled first; what lies on "cpu" or "disk" travels to the
+            accelerator at every step, which is slow, and stays unquantized. With ["cpu", "disk"]
+            the CPU runs all layers, and those on disk are read at every step.
+        max_memory: The most to take of a device, by name: {"cuda:0": "6GiB", "cpu": 300_000_000}.
         dtype: "auto" (bf16 where the device is good at it), "bfloat16", "float16" or "float32".
         quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes).
         batching: "continuous", "static" or "off".
@@ -133,8 +140,10 @@ def load(
     _check_name(name)
     _refuse_fork()
     devices = tuple(resolve_device(device))
+    limits = resolve_max_memory(max_memory, devices)
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
     form, _ = weight_format(config, asked)
+    check_offload(config, devices)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)
@@ -144,6 +153,7 @@ def load(
             files=file_states(source),
             revision=source.revision,
             devices=devices,
+            max_memory=tuple(sorted(limits.items())),
             dtype=resolved,
             format=form,
             trust_remote_code=trust_remote_code,
@@ -172,6 +182,7 @@ def load(
                 dtype=resolved,
                 model=source.ref,
                 adjust=adjust,
+                max_memory=limits,
                 prefill_chunk=prefill_chunk,
                 trust_remote_code=trust_remote_code,
             )

@@ -48,6 +48,7 @@ class Identity:
     files: FileStates
     revision: str | None
     devices: tuple[str, ...]
+    max_memory: tuple[tuple[str, int], ...]
     dtype: str
     format: WeightFormat
     trust_remote_code: bool
@@ -103,7 +104,7 @@ class Resident:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights and of the KV cache, as measured on the tensors."""
-        return weight_bytes(self.loaded.module) + self.engine.runner.nbytes
+        return weight_bytes(self.loaded) + self.engine.runner.nbytes
 
     @property
     def fallback(self) -> str | None:

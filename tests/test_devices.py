@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from inferkit.cgroups import cgroup_limits
 from inferkit.errors import DeviceError, OptionError
 
 dev = import_module("inferkit.devices")  # `inferkit.devices`, as a name, is the function
@@ -50,14 +51,14 @@ def test_cgroup_v2_limit_of_a_parent_counts_and_file_cache_is_free(tmp_path):
     stat = "anon 100\nactive_file 300\ninactive_file 200\nshmem 50"
     _write(root / "pod", memory__max=2000, memory__current=900, memory__stat=stat)
     _write(root / "pod/app", memory__max="max", memory__current=900, memory__stat=stat)
-    assert dev._cgroup_limits(root, membership) == [(2000, 2000 - (900 - 500))]
+    assert cgroup_limits(root, membership) == [(2000, 2000 - (900 - 500))]
 
 
 def test_cgroup_v2_inside_a_container_is_read_at_the_root_of_the_mount(tmp_path):
     root, membership = tmp_path / "fs", tmp_path / "cgroup"
     membership.write_text("0::/system.slice/docker-abc.scope\n")
     _write(root, memory__max=1000, memory__current=1500, memory__stat="active_file 100")
-    assert dev._cgroup_limits(root, membership) == [(1000, 0)]
+    assert cgroup_limits(root, membership) == [(1000, 0)]
 
 
 def test_cgroup_v1_limit_counts_and_its_unlimited_value_does_not(tmp_path):
@@ -71,18 +72,18 @@ def test_cgroup_v1_limit_counts_and_its_unlimited_value_does_not(tmp_path):
         memory__usage_in_bytes=600,
         memory__stat="cache 250\ntotal_active_file 150\ntotal_inactive_file 50",
     )
-    assert dev._cgroup_limits(root, membership) == [(1000, 600)]
+    assert cgroup_limits(root, membership) == [(1000, 600)]
 
 
 def test_a_limited_container_lowers_what_the_cpu_offers(monkeypatch):
-    monkeypatch.setattr(dev, "_cgroup_limits", lambda: [(2 << 30, 1 << 30), (3 << 30, 1 << 28)])
+    monkeypatch.setattr(dev, "cgroup_limits", lambda: [(2 << 30, 1 << 30), (3 << 30, 1 << 28)])
     cpu = dev.devices()[-1]
     assert (cpu.total, cpu.free) == (2 << 30, 1 << 28)
     assert dev.find_device("cpu").free == 1 << 28
 
 
 def test_no_cgroup_files_mean_no_limit(tmp_path):
-    assert dev._cgroup_limits(tmp_path, tmp_path / "missing") == []
+    assert cgroup_limits(tmp_path, tmp_path / "missing") == []
 
 
 def test_cpu_model_and_flags_are_read_from_an_arm_cpuinfo_too(tmp_path):

@@ -19,6 +19,7 @@ from inferkit.engine import attention
 from inferkit.engine.cache import SlotCache, View
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV
+from inferkit.offload import input_device, running
 
 _WIDTHS = 8
 _SCORED = 64  # positions whose logits are there at once; 34 MB at a vocabulary of 262,144 in bf16
@@ -50,7 +51,7 @@ class SlottedRunner:
         prefill_chunk: int,
     ) -> None:
         self.module = module
-        self.device = module.get_input_embeddings().weight.device
+        self.device = input_device(module)
         self.dtype = _activation_dtype(module)
         self.prefill_chunk = prefill_chunk
         self.geometry = tuple(geometry)
@@ -172,18 +173,12 @@ def _activation_dtype(module: Any) -> torch.dtype:
 
 
 def _layer_devices(module: Any, layers: int, default: torch.device) -> list[torch.device]:
-    """The device of each layer's attention, from accelerate's map where there is one."""
+    """The device that runs each layer's attention."""
     found = [default] * layers
-    for child in module.modules():
+    for child, device in running(module):
         index = getattr(child, "layer_idx", None)
-        if not isinstance(index, int) or not 0 <= index < layers:
-            continue
-        hook = getattr(child, "_hf_hook", None)
-        placed = getattr(hook, "execution_device", None)
-        own = next((p.device for p in child.parameters() if p.device.type != "meta"), None)
-        device = placed if placed is not None else own
-        if device is not None:
-            found[index] = torch.device(device)
+        if isinstance(index, int) and 0 <= index < layers and device is not None:
+            found[index] = device
     return found
 
 
@@ -239,7 +234,7 @@ class ProbeResult:
 @torch.inference_mode()
 def reference_logits(module: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
     """The architecture's own logits [prompts, vocab] after each prompt, run alone, uncached."""
-    device = module.get_input_embeddings().weight.device
+    device = input_device(module)
     rows = [
         module(input_ids=torch.tensor([p], device=device), use_cache=False).logits[0, -1].float()
         for p in prompts

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from inferkit.offload import input_device
+
 
 class SequentialRunner:
     """Runs one prompt from beginning to end. Used by the engine's thread alone.
@@ -22,7 +24,7 @@ class SequentialRunner:
 
     def __init__(self, module: Any, *, context: int, prefill_chunk: int, reason: str) -> None:
         self.module = module
-        self.device = module.get_input_embeddings().weight.device
+        self.device = input_device(module)
         self.context = context
         self.prefill_chunk = prefill_chunk
         self.reason = reason
