@@ -91,7 +91,9 @@ class Transients:
         width = max((max(w.shape) for w in linears), default=0)
         per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
         experts = [max(p.shape[1:]) for p in model.parameters() if p.ndim == 3]
-        largest = max((r * c for r, c in quantized_linears(model, form).values()), default=0)
+        unpacked = [r * c for r, c in quantized_linears(model, form).values()]
+        if form.stored and not unpacked:  # by another method, which may unpack any layer
+            unpacked = [w.numel() for w in linears]
         # 4-bit weights are unpacked to int32 and repacked once for CPUs with AVX-512.
         per_weight = 8 if form.mode in ("nf4", "fp4") else max(itemsize, 4)
         vocab = getattr(text, "vocab_size", 0) if output is None else max(output.weight.shape)
@@ -101,7 +103,7 @@ class Transients:
             heads=_most_heads(text),
             written=_written_out(model, text, itemsize),
             vocab=int(vocab),
-            dequantized=largest * per_weight,
+            dequantized=max(unpacked, default=0) * per_weight,
         )
 
     def layer_bytes(self, tokens: int, positions: int, itemsize: int) -> int:
@@ -149,16 +151,19 @@ class Demand:
         memory: Mapping[str, tuple[int, int]],
         prefill_chunk: int,
         device_map: Mapping[str, str] | None = None,
+        stored: Any = None,
     ) -> Demand:
         """Add up what a meta model's modules hold on each of the devices in ``memory``.
 
-        Where no ``device_map`` says which module is where, they are spread over the devices.
+        Where no ``device_map`` says which module is where, they are spread over the devices. Of a
+        checkpoint that is stored quantized, ``stored`` is the meta model with its own layers.
         """
-        sizes = weight_bytes(meta, form)
+        held = meta if stored is None else stored
+        sizes = weight_bytes(held, form)
         free = {name: left for name, (_, left) in memory.items()}
-        device_map = device_map or split_modules(meta, sizes, free, form)
+        device_map = device_map or split_modules(held, sizes, free, form)
         weights = dict.fromkeys(memory, 0)
-        growth = packed_growth(meta, form, device_map)
+        growth = packed_growth(held, form, device_map)
         for name, size in [*sizes.items(), *growth.items()]:
             weights[device_of(device_map, name)] += size
         layers: dict[str, tuple[LayerKV, ...]] = dict.fromkeys(memory, ())

@@ -22,6 +22,7 @@ from inferkit.footprint import (
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
 from inferkit.sampling import unknown_option
+from inferkit.stored import laid_out
 
 __all__ = [
     "DevicePlan",
@@ -61,7 +62,7 @@ class MemoryPlan:
             this checkpoint could be loaded in; 0 if none does.
         totals: Bytes needed under each of those modes.
         alternatives: Those of the other modes that would fit.
-        note: Something about the checkpoint that makes the numbers an upper bound, or "".
+        note: How a checkpoint that is stored quantized is counted, where that needs saying, or "".
     """
 
     model: str
@@ -80,7 +81,7 @@ class MemoryPlan:
 
     @property
     def quantize(self) -> str:
-        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``."""
+        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``; or the method of a stored checkpoint."""
         return self.format.mode
 
     @property
@@ -147,8 +148,9 @@ class MemoryPlan:
         return table(_HEADER, self._rows(), caption=self._title(), note=self.explain())
 
     def _title(self) -> str:
+        kind = "stored as " if self.format.stored else "quantize="
         return (
-            f"{self.model} ({self.architecture}, {self.dtype}, quantize={str(self.format)!r}, "
+            f"{self.model} ({self.architecture}, {self.dtype}, {kind}{str(self.format)!r}, "
             f"context={self.context}, max_batch={self.max_batch})"
         )
 
@@ -181,13 +183,15 @@ class MemoryPlan:
             ways.append(f"max_batch={self.max_batch_fit} fits at context={self.context}")
         if ways:
             return " or ".join(ways)
+        smaller = "use a smaller model, a smaller context with a smaller max_batch, or more devices"
+        if self.format.stored:
+            return smaller
         smallest = min(self.totals, key=lambda mode: self.totals[mode])
         if rows := self.batch_by_mode[smallest]:
             return f"quantize={smallest!r} with max_batch={rows} fits at context={self.context}"
         return (
             f"the smallest mode, quantize={smallest!r}, needs "
-            f"{format_bytes(self.totals[smallest])}; "
-            "use a smaller model, a smaller context with a smaller max_batch, or more devices"
+            f"{format_bytes(self.totals[smallest])}; {smaller}"
         )
 
     def _better(self) -> list[str]:
@@ -221,7 +225,8 @@ def plan(
     Args:
         ref_or_config: A hub id, local folder, ``.gguf`` file or ``"demo"``; or a transformers
             config.
-        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes).
+        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes). A checkpoint that
+            is stored quantized stays as it is under "none"; see the plan's ``note``.
         context: Tokens per row, prompt and completion; None is 4096 or the model's maximum if
             that is less.
         max_batch: Rows that run at once.
@@ -237,7 +242,8 @@ def plan(
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:
-        OptionError: An option is unknown or out of range.
+        OptionError: An option is unknown or out of range, or the checkpoint is stored quantized in
+            another format.
         DeviceError: A device is not attached, or does not answer.
         ModelNotFoundError: The reference leads to no model.
         DamagedFileError: The config or the header of the GGUF file is broken.
@@ -291,21 +297,21 @@ def plan_config(
     what the others say is free, ``adjust`` adds what will be free by then, less what is promised.
     A ``device_map`` says where the modules are, of a model that is loaded.
     """
-    kept, note = weight_format(config, form)
+    kept = weight_format(config, form)
     context = checked_context(config, context)
     check_whole("max_batch", max_batch)
     check_whole("prefill_chunk", prefill_chunk)
     meta = meta_model(config, dtype, trust_remote_code)
     geometry = read_geometry(meta)
     memory = _memory(devices, free or {}, adjust or {})
+    held, note = laid_out(meta, config, devices)
 
     def demand(mode: str) -> Demand:
         if mode == kept.mode:
-            return Demand.of(meta, geometry, kept, memory, prefill_chunk, device_map)
+            return Demand.of(meta, geometry, kept, memory, prefill_chunk, device_map, held)
         return Demand.of(meta, geometry, WeightFormat(mode), memory, prefill_chunk)
 
-    stored = getattr(config, "quantization_config", None) is not None
-    demands = {m: demand(m) for m in ((kept.mode,) if stored else QUANTIZE_MODES)}
+    demands = {m: demand(m) for m in ((kept.mode,) if kept.stored else QUANTIZE_MODES)}
     chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}

@@ -22,19 +22,19 @@ _NOISE = (
 
 
 def loading_config(form: WeightFormat, dtype: str) -> Any:
-    """The transformers quantization config of a format, or None for "none".
+    """The transformers quantization config of a format, or None for weights as they are stored.
 
     Args:
         form: The mode and its details.
         dtype: torch's name of the model's dtype.
     """
-    if form.mode == "none":
+    for logger, message in _NOISE:
+        logging.getLogger(logger).addFilter(message)
+    if form.mode == "none" or form.stored:
         return None
     import torch
     from transformers import BitsAndBytesConfig
 
-    for logger, message in _NOISE:
-        logging.getLogger(logger).addFilter(message)
     if form.mode == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -237,7 +237,7 @@ def kept_reference(model: Model, material: Material, progress: bool) -> Referenc
         OptionError: It is stored quantized.
     """
     parts = model._parts
-    if getattr(parts.config, "quantization_config", None) is not None:
+    if model.plan.format.stored:
         raise OptionError(
             f"{model.ref!r} is stored quantized, so that it has no 'none' to compare with: load "
             "the unquantized checkpoint too, and give it as reference=."

@@ -26,6 +26,7 @@ from inferkit.loading import file_states
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
 from inferkit.resident import Identity, take_in
+from inferkit.stored import check_stored
 
 _table: dict[str, Model] = {}
 _loads = threading.RLock()
@@ -99,7 +100,9 @@ def load(
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
         device: "auto", "cpu", "cuda:N", "mps", or a list of devices to split the layers over.
         dtype: "auto" (bf16 where the device is good at it), "bfloat16", "float16" or "float32".
-        quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes).
+        quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes). What is stored quantized (by
+            bitsandbytes, GPTQ, AWQ, compressed-tensors, ...) is loaded as it is under "none", and
+            in no other mode.
         batching: "continuous", "static" or "off".
         max_batch: Most requests that run at once.
         context: Most tokens of prompt and output together; None for 4096, or the model's maximum
@@ -134,8 +137,10 @@ def load(
     _refuse_fork()
     devices = tuple(resolve_device(device))
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
-    form, _ = weight_format(config, asked)
+    form = weight_format(config, asked)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
+    if form.stored:
+        resolved = check_stored(config, devices, resolved)
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)
         name = name or _default_name(source)
