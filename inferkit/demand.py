@@ -89,7 +89,9 @@ class Transients:
         width = max((max(w.shape) for w in linears), default=0)
         per_token = int(getattr(text, "num_experts_per_tok", None) or 1)
         experts = [max(p.shape[1:]) for p in model.parameters() if p.ndim == 3]
-        largest = max((r * c for r, c in quantized_linears(model, form).values()), default=0)
+        unpacked = [r * c for r, c in quantized_linears(model, form).values()]
+        if form.stored and not unpacked:  # by another method, which may unpack any layer
+            unpacked = [w.numel() for w in linears]
         # 4-bit weights are unpacked to int32 and repacked once for CPUs with AVX-512.
         per_weight = 8 if form.mode in ("nf4", "fp4") else max(itemsize, 4)
         vocab = getattr(text, "vocab_size", 0) if output is None else max(output.weight.shape)
@@ -99,7 +101,7 @@ class Transients:
             heads=_most_heads(text),
             written=_written_out(model, text, itemsize),
             vocab=int(vocab),
-            dequantized=largest * per_weight,
+            dequantized=max(unpacked, default=0) * per_weight,
         )
 
     def layer_bytes(self, tokens: int, positions: int, itemsize: int) -> int:
@@ -147,18 +149,21 @@ class Demand:
         memory: Mapping[str, tuple[int, int]],
         prefill_chunk: int,
         device_map: Mapping[str, str] | None = None,
+        stored: Any = None,
     ) -> Demand:
         """Read off a meta model what its modules take on the devices in ``memory``.
 
-        Where no ``device_map`` says which module is where, they are spread over the devices.
+        Where no ``device_map`` says which module is where, they are spread over the devices. Of a
+        checkpoint that is stored quantized, ``stored`` is the meta model with its own layers.
         """
+        held = meta if stored is None else stored
         names = list(memory)
         if device_map is None and not offloads(names):
-            device_map = split(meta, {name: left for name, (_, left) in memory.items()}, form)
+            device_map = split(held, {name: left for name, (_, left) in memory.items()}, form)
         layers = _layer_names(meta, len(geometry), len(names))
         return cls(
             memory=memory,
-            parts=parts_of(meta, form, layers, device_map or ()),
+            parts=parts_of(held, form, layers, device_map or ()),
             geometry=tuple(geometry),
             output=_output_name(meta),
             transients=Transients.of(meta, form, meta.dtype.itemsize),

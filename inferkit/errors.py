@@ -7,7 +7,7 @@
     ├── ModelError
     │   ├── ModelNotFoundError              the reference leads to no model
     │   ├── DamagedFileError                a file is truncated, or its sha256 differs
-    │   ├── UnsupportedModelError           the architecture cannot be served
+    │   ├── UnsupportedModelError           the architecture, or how it is stored, cannot be served
     │   ├── DoesNotFitError                 the memory plan says no, before a weight is read
     │   ├── LoadError                       loading failed half way
     │   └── ModelUnloadedError              the handle outlived its model
@@ -69,7 +69,10 @@ class DamagedFileError(ModelError):
 
 
 class UnsupportedModelError(ModelError):
-    """The architecture cannot be served (an encoder-decoder, for example)."""
+    """The architecture cannot be served (an encoder-decoder, for example), or its stored form.
+
+    A checkpoint that is stored quantized needs the packages and devices of its method.
+    """
 
 
 class DoesNotFitError(ModelError):

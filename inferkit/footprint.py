@@ -22,13 +22,16 @@ __all__ = [
     "kept_in_fp32",
     "meta_model",
     "packed_growth",
+    "quantization_config",
     "quantized_linears",
+    "stored_format",
     "tensors",
     "weight_bytes",
     "weight_format",
 ]
 
 QUANTIZE_MODES = ("none", "int8", "nf4", "fp4")
+_BITSANDBYTES = ("int8", "nf4", "fp4")
 _FOUR_BIT = ("nf4", "fp4")
 _BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # scales that share one scale of their own under double quantization
@@ -40,22 +43,29 @@ class WeightFormat:
     """How weights are kept: a quantize mode and its details.
 
     Attributes:
-        mode: One of ``QUANTIZE_MODES``.
+        mode: One of ``QUANTIZE_MODES``; or transformers' name of the method ("gptq", for one) that
+            a checkpoint is stored in.
         double_quant: Whether the scales of a 4-bit format are quantized again.
         compute_dtype: torch's name of the dtype that 4-bit weights are unpacked to for each matmul;
             None for the dtype of the model.
         skip: Modules that stay as they are; None for transformers' own choice.
+        stored: Whether the checkpoint is stored so, and has no other weights to be read.
     """
 
     mode: str
     double_quant: bool = False
     compute_dtype: str | None = None
     skip: tuple[str, ...] | None = None
+    stored: bool = False
 
     def __str__(self) -> str:
         details = ["double_quant=True"] if self.double_quant else []
         details += [f"compute_dtype={self.compute_dtype}"] if self.compute_dtype else []
         return ", ".join([self.mode, *details])
+
+    def covers(self, asked: WeightFormat) -> bool:
+        """Whether this, which is stored, is what is asked for."""
+        return asked in (self, WeightFormat(self.mode), WeightFormat(self.mode, self.double_quant))
 
     def linear_bytes(self, rows: int, columns: int) -> int:
         """Bytes that bitsandbytes keeps for one quantized ``[rows, columns]`` weight."""
@@ -93,34 +103,49 @@ def asked_format(
     return WeightFormat(quantize, double_quant, dtype)
 
 
-def weight_format(config: Any, asked: WeightFormat) -> tuple[WeightFormat, str]:
-    """The format that loading ``config`` gives where ``asked`` is asked for, and a note or "".
+def quantization_config(config: Any) -> Any:
+    """What a config says of how the weights are stored: a dict or an object; None where plain."""
+    text = config.get_text_config(decoder=True)
+    found = getattr(config, "quantization_config", None)
+    return getattr(text, "quantization_config", None) if found is None else found
 
-    A checkpoint already quantized by bitsandbytes keeps its own format. One quantized by another
-    method is counted as if unpacked to the plan's dtype, which is an upper bound; the note says so.
 
-    Raises:
-        OptionError: The checkpoint is already quantized in another mode.
-    """
-    stored = getattr(config, "quantization_config", None)
+def stored_format(config: Any) -> WeightFormat | None:
+    """The format that a checkpoint is stored in; None where it is not quantized."""
+    stored = quantization_config(config)
     if stored is None:
-        return asked, ""
+        return None
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     method = settings.get("quant_method", "unknown")
-    method = str(getattr(method, "value", method))  # an enum where bitsandbytes made the config
-    if "bitsandbytes" not in method:
-        note = f"The checkpoint is stored as {method}; its weights are counted unpacked."
-        return asked, note
+    method = str(getattr(method, "value", method))  # an enum where a library made the config
     four_bit = bool(settings.get("load_in_4bit") or settings.get("_load_in_4bit"))
+    eight_bit = bool(settings.get("load_in_8bit") or settings.get("_load_in_8bit"))
+    if not (four_bit or eight_bit or "bitsandbytes" in method):
+        return WeightFormat(method, stored=True)
     mode = str(settings.get("bnb_4bit_quant_type", "fp4")) if four_bit else "int8"
-    if asked.mode not in ("none", mode):
-        raise OptionError(
-            f"quantize={asked.mode!r}, but the checkpoint is already quantized as {mode!r}; "
-            "use quantize='none' to load it as it is, or the unquantized checkpoint."
-        )
     skip = settings.get("llm_int8_skip_modules")
     double = four_bit and bool(settings.get("bnb_4bit_use_double_quant"))
-    return WeightFormat(mode, double, skip=None if skip is None else tuple(skip)), ""
+    return WeightFormat(mode, double, skip=None if skip is None else tuple(skip), stored=True)
+
+
+def weight_format(config: Any, asked: WeightFormat) -> WeightFormat:
+    """The format that loading ``config`` gives where ``asked`` is asked for.
+
+    A checkpoint that is stored quantized keeps its own.
+
+    Raises:
+        OptionError: The checkpoint is stored quantized, in another format.
+    """
+    stored = stored_format(config)
+    if stored is None:
+        return asked
+    if asked.mode != "none" and not stored.covers(asked):
+        raise OptionError(
+            f"quantize={str(asked)!r}, but the checkpoint is stored quantized, as "
+            f"{str(stored)!r}, and its original weights are not there to be read. Use "
+            "quantize='none' to load it as it is, or load the unquantized checkpoint."
+        )
+    return stored
 
 
 def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -145,7 +170,7 @@ def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
         )
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # weight_format() accounts for it
+        del config.quantization_config  # stored.laid_out() accounts for it
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -174,7 +199,7 @@ def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, in
     (output embeddings, tied weights, the last module). Experts that an architecture fuses into
     one 3-D parameter are no linear layers and stay in the dtype.
     """
-    if form.mode == "none":
+    if form.mode not in _BITSANDBYTES:
         return {}
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -217,9 +242,7 @@ def packed_growth(model: Any, form: WeightFormat) -> dict[str, int]:
     Whole blocks take a little more than a matrix that does not divide by them. A matrix that is
     the input embeddings' too has a packed copy beside it.
     """
-    from torch import nn
-
-    from inferkit.packing import packable, packed_bytes
+    from inferkit.packing import packable, packed_bytes, plain_linear
 
     if not packable("cpu", str(model.dtype).removeprefix("torch.")):
         return {}
@@ -227,7 +250,7 @@ def packed_growth(model: Any, form: WeightFormat) -> dict[str, int]:
     embeddings = model.get_input_embeddings().weight
     growth = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or name in quantized or in_fp32(f"{name}.weight"):
+        if not plain_linear(module) or name in quantized or in_fp32(f"{name}.weight"):
             continue
         plain = 0 if module.weight is embeddings else module.weight.nbytes
         growth[name] = packed_bytes(*module.weight.shape) - plain

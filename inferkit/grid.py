@@ -183,7 +183,7 @@ class _Grid:
 
     def _visit(self, cell: Cell, number: int) -> None:
         model = self.model
-        model._become(format=asked_format(cell.quantize), max_batch=cell.max_batch)
+        model._become(format=model._asked(cell.quantize), max_batch=cell.max_batch)
         batching: Any = cell.batching
         model.configure(batching=batching)
         self._generate((_WARM_UP_TOKENS,) * len(self.prompts))
@@ -217,13 +217,13 @@ class _Grid:
 
 def _cells(model: Model, quantize: Any, max_batch: Any, batching: Any) -> list[Cell]:
     """The grid, mode by mode, so that a round toggles each mode once."""
-    stored = getattr(model._parts.config, "quantization_config", None) is not None
-    own = (model.quantization,) if stored else QUANTIZE_MODES
+    own = (model.quantization,) if model.plan.format.stored else QUANTIZE_MODES
     modes = _several("quantize", quantize, own)
     sizes = _several("max_batch", max_batch, (model.max_batch,))
     policies = _several("batching", batching, (model.batching,))
     for mode in modes:
-        asked_format(mode)
+        if mode not in own:
+            asked_format(mode)
     for policy in policies:
         for size in sizes:
             check_batching(policy, size)

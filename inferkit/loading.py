@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
+from inferkit import stored
 from inferkit.catalog import Source
 from inferkit.devices import out_of_memory, release_memory, runners
 from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
@@ -162,6 +163,8 @@ def _read_weights(
     limit_kernels()
     with ExitStack() as undo:
         module = _from_pretrained(source, plan, trust_remote_code, undo)
+        if plan.format.stored:
+            stored.finish(module, plan.dtype, trust_remote_code)
         # Without gradients: an autograd graph that somebody keeps would keep the weights.
         module.eval().requires_grad_(False)
         offloaded = None
@@ -171,7 +174,7 @@ def _read_weights(
 
             offloaded = offload(module, plan.device_map, runners(names), undo.pop_all().close)
     pack_linears(module, progress=progress)
-    _own_memory(module)
+    _own_memory(module, plan.format.stored)
     _dense_input(module.get_output_embeddings())
     return module, offloaded
 
@@ -185,6 +188,9 @@ def _from_pretrained(
     folder, names = None, [d.name for d in plan.devices]
     if "disk" in plan.device_map.values():
         folder = undo.enter_context(TemporaryDirectory(prefix="inferkit-offloaded-"))
+    how = loading_config(plan.format, plan.dtype, offloads(names))
+    # To give None would take the place of what the checkpoint's config says.
+    given = {} if how is None else {"quantization_config": how}
     try:
         with quiet("accelerate.big_modeling"):  # it warns of what was asked for
             module, found = AutoModelForCausalLM.from_pretrained(
@@ -192,10 +198,10 @@ def _from_pretrained(
                 dtype=getattr(torch, plan.dtype),
                 device_map=_device_map(plan),
                 offload_folder=folder,
-                quantization_config=loading_config(plan.format, plan.dtype, offloads(names)),
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                **given,
             )
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
@@ -214,15 +220,20 @@ def _from_pretrained(
     return module
 
 
-def _own_memory(module: Any) -> None:
+def _own_memory(module: Any, stored: bool) -> None:
     """Copy the weights that are still pages of their file into memory of the process.
 
     Whoever shortens a mapped file kills the kernel. And what is read here is not read, page by
-    page, while the first tokens are timed; nor does it lie askew: see benchmarks/README.md.
+    page, while the first tokens are timed; nor does it lie askew: see benchmarks/README.md. Whole
+    numbers come from the file only where it is ``stored`` quantized.
     """
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if tensor.device.type == "cpu" and tensor.is_floating_point():
-            tensor.data = tensor.data.clone()
+    own: dict[tuple[Any, ...], Any] = {}  # bitsandbytes has several tensors on the same memory
+    for tensor in [*module.parameters(), *module.buffers(), *quantized_tensors(module)]:
+        if tensor.device.type == "cpu" and (stored or tensor.is_floating_point()):
+            key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            if key not in own:
+                own[key] = tensor.data.clone()
+            tensor.data = own[key]
 
 
 def _dense_input(head: Any) -> None:
@@ -283,17 +294,29 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 
 @contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """Where not ``shown``, silence the bars of transformers, which are a switch of the process."""
+    """Where not ``shown``, silence all bars, which are a switch of the process.
+
+    transformers has one of its own; that of tqdm is for the packages that it calls.
+    """
+    from tqdm import tqdm
     from transformers.utils import logging
 
-    if shown or not logging.is_progress_bar_enabled():
+    if shown:
         yield
         return
+    own, plain = logging.is_progress_bar_enabled(), tqdm.__init__
+
+    def disabled(self: Any, *args: Any, **options: Any) -> None:
+        plain(self, *args, **{**options, "disable": True})
+
     logging.disable_progress_bar()
+    tqdm.__init__ = disabled
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        tqdm.__init__ = plain
+        if own:
+            logging.enable_progress_bar()
 
 
 def _end_ids(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -29,6 +29,7 @@ from inferkit.kv import PREFILL_CHUNK, LayerKV, kv_geometry, read_geometry
 from inferkit.memory_plan import MemoryPlan
 from inferkit.placement import check_offload, read_in_place, resolve_max_memory
 from inferkit.sampling import unknown_option
+from inferkit.stored import laid_out
 
 __all__ = [
     "DevicePlan",
@@ -73,7 +74,8 @@ def plan(
     Args:
         ref_or_config: A hub id, local folder, ``.gguf`` file or ``"demo"``; or a transformers
             config.
-        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes).
+        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes). A checkpoint that
+            is stored quantized stays as it is under "none"; see the plan's ``note``.
         context: Tokens per row, prompt and completion; None is 4096 or the model's maximum if
             that is less.
         max_batch: Rows that run at once.
@@ -93,7 +95,8 @@ def plan(
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:
-        OptionError: An option is unknown or out of range.
+        OptionError: An option is unknown or out of range, or the checkpoint is stored quantized in
+            another format.
         DeviceError: A device is not attached, or does not answer.
         ModelNotFoundError: The reference leads to no model.
         DamagedFileError: The config or the header of the GGUF file is broken.
@@ -150,13 +153,14 @@ def plan_config(
     of that, no more than ``max_memory`` is taken. A ``device_map`` says where the modules are,
     of a model that is loaded.
     """
-    kept, note = weight_format(config, form)
+    kept = weight_format(config, form)
     check_offload(config, devices)
     context = checked_context(config, context)
     check_whole("max_batch", max_batch)
     check_whole("prefill_chunk", prefill_chunk)
     meta = meta_model(config, dtype, trust_remote_code)
     geometry = read_geometry(meta)
+    held, note = laid_out(meta, config, devices)
 
     def memory(names: Sequence[str]) -> dict[str, tuple[int, int]]:
         in_place = read_in_place(meta) if "disk" in names else 0
@@ -164,24 +168,24 @@ def plan_config(
         return _memory(names, free or {}, kept_back, max_memory or {})
 
     def demand(mode: str) -> Demand:
+        room = memory(devices)
         if mode == kept.mode:
-            return Demand.of(meta, geometry, kept, memory(devices), prefill_chunk, device_map)
-        return Demand.of(meta, geometry, WeightFormat(mode), memory(devices), prefill_chunk)
+            return Demand.of(meta, geometry, kept, room, prefill_chunk, device_map, held)
+        return Demand.of(meta, geometry, WeightFormat(mode), room, prefill_chunk)
 
     def fits_on(names: Sequence[str]) -> bool:
         try:
-            wider = Demand.of(meta, geometry, kept, memory(names), prefill_chunk)
+            wider = Demand.of(meta, geometry, kept, memory(names), prefill_chunk, stored=held)
         except (DeviceError, UnsupportedModelError):  # busy; or layers that cannot be told apart
             return False
         return wider.fits(context, max_batch)
 
-    stored = getattr(config, "quantization_config", None) is not None
-    demands = {m: demand(m) for m in ((kept.mode,) if stored else QUANTIZE_MODES)}
+    demands = {m: demand(m) for m in ((kept.mode,) if kept.stored else QUANTIZE_MODES)}
     chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}
     fits = all(d.fits for d in plans[kept.mode])
-    wider = () if fits or stored else _wider_lists(devices, free)
+    wider = () if fits or kept.stored else _wider_lists(devices, free)
     return MemoryPlan(
         model=model or getattr(config, "name_or_path", "") or type(meta).__name__,
         architecture=type(meta).__name__,

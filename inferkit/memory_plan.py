@@ -57,7 +57,7 @@ class MemoryPlan:
 
     @property
     def quantize(self) -> str:
-        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``."""
+        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``; or the method of a stored checkpoint."""
         return self.format.mode
 
     @property
@@ -124,8 +124,9 @@ class MemoryPlan:
         return table(*self._table(), caption=self._title(), note=self.explain())
 
     def _title(self) -> str:
+        kind = "stored as " if self.format.stored else "quantize="
         return (
-            f"{self.model} ({self.architecture}, {self.dtype}, quantize={str(self.format)!r}, "
+            f"{self.model} ({self.architecture}, {self.dtype}, {kind}{str(self.format)!r}, "
             f"context={self.context}, max_batch={self.max_batch})"
         )
 
@@ -186,13 +187,15 @@ class MemoryPlan:
             ways.append(f"max_batch={self.max_batch_fit} fits at context={self.context}")
         if ways:
             return " or ".join(ways)
+        smaller = "use a smaller model, a smaller context with a smaller max_batch, or more devices"
+        if self.format.stored:
+            return smaller
         smallest = min(self.totals, key=lambda mode: self.totals[mode])
         if rows := self.batch_by_mode[smallest]:
             return f"quantize={smallest!r} with max_batch={rows} fits at context={self.context}"
         return (
             f"the smallest mode, quantize={smallest!r}, needs "
-            f"{format_bytes(self.totals[smallest])}; "
-            "use a smaller model, a smaller context with a smaller max_batch, or more devices"
+            f"{format_bytes(self.totals[smallest])}; {smaller}"
         )
 
     def _better(self) -> list[str]:

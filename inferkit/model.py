@@ -89,7 +89,11 @@ class Model:
 
     @property
     def quantization(self) -> str:
-        """The mode: "none", "int8", "nf4" or "fp4"."""
+        """The mode: "none", "int8", "nf4" or "fp4".
+
+        Of a checkpoint that is stored quantized: the bitsandbytes mode, or transformers' name of
+        the method, such as "gptq", "awq" or "compressed-tensors".
+        """
         return self.plan.quantize
 
     @property
@@ -317,7 +321,7 @@ class Model:
             LoadError, DamagedFileError: The files cannot be read; the mode before is back.
             ModelUnloadedError: The model was unloaded, before or while this waited.
         """
-        self._become(format=asked_format(mode, double_quant, compute_dtype), progress=progress)
+        self._become(format=self._asked(mode, double_quant, compute_dtype), progress=progress)
         return self
 
     def unload(self) -> None:
@@ -456,8 +460,6 @@ class Model:
             reads = identity != parts.identity
             if not reads and (rows, length) == (self.max_batch, self.context):
                 return
-            if reads:
-                self._check_original()
             kept = None if reads else self.plan.device_map
             plan = self._planned(identity, rows, length, kept)
             if not (reads or plan.fits or plan.within(self.plan)):
@@ -482,13 +484,23 @@ class Model:
         finally:
             self._change.release()
 
-    def _check_original(self) -> None:
-        """Refuse where the files do not have the weights in the dtype that they were trained in."""
-        if getattr(self._parts.config, "quantization_config", None) is not None:
+    def _asked(
+        self, mode: str, double_quant: bool = False, compute_dtype: Any = "auto"
+    ) -> WeightFormat:
+        """The format that is asked for; of a checkpoint that is stored quantized only its own."""
+        kept = self.plan.format
+        if kept.stored and mode == kept.mode and not double_quant and compute_dtype == "auto":
+            return kept
+        asked = asked_format(mode, double_quant, compute_dtype)
+        if not kept.stored:
+            return asked
+        if not kept.covers(asked):
             raise OptionError(
-                f"{self.ref!r} is stored quantized, and its original weights are not there to be "
-                f"read: it stays as it is. To use another mode, load the unquantized checkpoint."
+                f"{self.ref!r} is stored quantized, as {str(kept)!r}, and its original weights are "
+                f"not there to be read: it stays as it is. To run it in {str(asked)!r}, load the "
+                "unquantized checkpoint."
             )
+        return kept
 
     def _planned(
         self,

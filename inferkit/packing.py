@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 __all__ = ["PackedLinear", "limit_kernels", "pack_linears", "packable", "packed_bytes"]
-__all__ += ["release_packed"]
+__all__ += ["plain_linear", "release_packed"]
 
 
 class PackedLinear(nn.Module):
@@ -112,10 +112,22 @@ def pack_linears(module: nn.Module, *, progress: bool = False) -> None:
         child.weight = None
 
 
+def plain_linear(child: nn.Module) -> bool:
+    """Whether a module computes what an ``nn.Linear`` does and no more.
+
+    A hook that moves a layer's weights about, or compressed-tensors where a layer's input is to be
+    rounded, has put another ``forward`` in the place of the class's.
+    """
+    if type(child) is not nn.Linear:
+        return False
+    return getattr(child.forward, "__func__", None) is nn.Linear.forward
+
+
 def _pays(child: nn.Module) -> bool:
-    if type(child) is not nn.Linear or hasattr(child, "_hf_hook"):
-        return False  # a hook moves a layer's weights about
-    return packable(child.weight.device.type, str(child.weight.dtype).removeprefix("torch."))
+    if not plain_linear(child):
+        return False
+    weight: torch.Tensor = child.weight  # type: ignore[assignment]
+    return packable(weight.device.type, str(weight.dtype).removeprefix("torch."))
 
 
 def release_packed(module: nn.Module) -> None:

@@ -22,20 +22,20 @@ _NOISE = (
 
 
 def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> Any:
-    """The transformers quantization config of a format, or None for "none".
+    """The transformers quantization config of a format, or None for weights as they are stored.
 
     Args:
         form: The mode and its details.
         dtype: torch's name of the model's dtype.
         offloads: Whether modules lie on "cpu" or "disk" and run elsewhere; they stay unquantized.
     """
-    if form.mode == "none":
+    for logger, message in _NOISE:
+        logging.getLogger(logger).addFilter(message)
+    if form.mode == "none" or form.stored:
         return None
     import torch
     from transformers import BitsAndBytesConfig
 
-    for logger, message in _NOISE:
-        logging.getLogger(logger).addFilter(message)
     # The name is older than what it does: for every mode, and in the model's dtype.
     offload = {"llm_int8_enable_fp32_cpu_offload": offloads}
     if form.mode == "int8":

@@ -91,7 +91,7 @@ def fidelity(
 def settings_back(model: Model, progress: bool) -> Iterator[None]:
     """Whatever the body changes, the model has its mode, cache and policy again afterwards."""
     form, rows, context, policy = (
-        model.plan.format,
+        model._parts.identity.format,
         model.max_batch,
         model.context,
         model.batching,
@@ -237,7 +237,7 @@ def kept_reference(model: Model, material: Material, progress: bool) -> Referenc
         OptionError: It is stored quantized.
     """
     parts = model._parts
-    if getattr(parts.config, "quantization_config", None) is not None:
+    if model.plan.format.stored:
         raise OptionError(
             f"{model.ref!r} is stored quantized, so that it has no 'none' to compare with: load "
             "the unquantized checkpoint too, and give it as reference=."

@@ -27,6 +27,7 @@ from inferkit.memory import MemoryPlan
 from inferkit.model import Model
 from inferkit.placement import check_offload, resolve_max_memory
 from inferkit.resident import Identity, take_in
+from inferkit.stored import check_stored
 
 _table: dict[str, Model] = {}
 _loads = threading.RLock()
@@ -106,7 +107,9 @@ def load(
             the CPU runs all layers, and those on disk are read at every step.
         max_memory: The most to take of a device, by name: {"cuda:0": "6GiB", "cpu": 300_000_000}.
         dtype: "auto" (bf16 where the device is good at it), "bfloat16", "float16" or "float32".
-        quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes).
+        quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes). What is stored quantized (by
+            bitsandbytes, GPTQ, AWQ, compressed-tensors, ...) is loaded as it is under "none", and
+            in no other mode.
         batching: "continuous", "static" or "off".
         max_batch: Most requests that run at once.
         context: Most tokens of prompt and output together; None for 4096, or the model's maximum
@@ -142,9 +145,11 @@ def load(
     devices = tuple(resolve_device(device))
     limits = resolve_max_memory(max_memory, devices)
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
-    form, _ = weight_format(config, asked)
+    form = weight_format(config, asked)
     check_offload(config, devices)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
+    if form.stored:
+        resolved = check_stored(config, devices, resolved)
     with _one_load_at_a_time():
         source = catalog.resolve(ref, revision, progress=progress)
         name = name or _default_name(source)

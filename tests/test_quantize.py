@@ -353,3 +353,15 @@ def test_what_is_stored_quantized_says_that_it_stays_so(
             with pytest.raises(ik.OptionError, match="stored quantized"):
                 model.quantize(mode)
         assert model.generate("Once", **SIX).token_ids == said
+
+
+def test_a_model_that_cannot_run_quantized_is_refused_and_goes_on_as_it_was(
+    tiny_model: Callable[[str], Path],
+) -> None:
+    """Mamba's code multiplies by the weights of its layers, whatever their layout."""
+    with ik.load(tiny_model("mamba"), dtype="float32", context=64, max_batch=2) as model:
+        said = model.generate("Once", **SIX).token_ids
+        with pytest.raises(ik.UnsupportedModelError, match=r"quantized layers.*quantize='none'"):
+            model.quantize("nf4")
+        assert model.quantization == "none"
+        assert model.generate("Once", **SIX).token_ids == said

@@ -40,10 +40,12 @@ def make_runner(
     forward's, runs one request at a time; the reason is in the runner and in the log.
 
     Raises:
-        UnsupportedModelError: The model is an encoder-decoder.
+        UnsupportedModelError: The model is an encoder-decoder, or cannot run offloaded or
+            quantized.
         Exception: Whatever says that memory ran out, which proves nothing of the architecture.
     """
     require_decoder(module.config)
+    _check_runs(module)
     try:
         geometry = kv_geometry(module.config, dtype, trust_remote_code)
         reason = supports_slots(module, geometry, context)
@@ -55,6 +57,24 @@ def make_runner(
             return runner
     _log.warning("%s: requests run one at a time.", reason)
     return SequentialRunner(module, context=context, prefill_chunk=prefill_chunk, reason=reason)
+
+
+def _check_runs(module: Any) -> None:
+    """Refuse a model whose code reads the weights of layers that keep theirs in another way."""
+    hooks = (getattr(child, "_hf_hook", None) for child in module.modules())
+    offloaded = any(getattr(hook, "offload", False) for hook in hooks)
+    if not offloaded and getattr(module.config, "quantization_config", None) is None:
+        return
+    try:
+        reference_logits(module, [[0, 1, 2]])
+    except Exception as error:  # code of any architecture
+        if out_of_memory(error):
+            raise
+        kind = "offloaded" if offloaded else "quantized"
+        way = "Name devices that hold all of it." if offloaded else "Use quantize='none'."
+        raise UnsupportedModelError(
+            f"{type(module).__name__} cannot run with {kind} layers ({error}). {way}"
+        ) from None
 
 
 def reason_against(runner: SlottedRunner, context: int) -> str | None:
