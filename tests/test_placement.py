@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -201,7 +202,8 @@ def test_weights_that_safetensors_have_are_read_from_there(
     with split(folder) as model:
         tokens(model)
         assert not [f for f in temporary.rglob("*") if f.is_file()]
-        assert str(folder) not in Path("/proc/self/maps").read_text()
+        if sys.platform == "linux":
+            assert str(folder) not in Path("/proc/self/maps").read_text()
         held = {n for n, _ in module_of(model).named_parameters() if lies_in(n, on_disk(model))}
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             sizes = {n: file.get_tensor(n).nbytes for n in file.keys()}  # noqa: SIM118
