@@ -229,6 +229,7 @@ def _plan(results: dict[str, Any]) -> Iterator[str]:
         "tensors",
         "planned, both",
         "in use",
+        "kept by the process",
         "error",
         "resident as found",
     )
@@ -244,6 +245,7 @@ def _plan_row(row: dict[str, Any]) -> tuple[str, ...]:
         tensors["kv_cache"],
         sum(planned.values()),
         row["in_use"],
+        row["kept"],
     ]
     return (
         row["model"],
@@ -255,8 +257,8 @@ def _plan_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _error(row: dict[str, Any]) -> float:
-    """The plan's error: positive where it promises more than is used."""
-    return float(sum(row["predicted"].values()) / row["in_use"] - 1)
+    """The plan's error: positive where it promises more than is used and given back."""
+    return float(sum(row["predicted"].values()) / (row["in_use"] - row["kept"]) - 1)
 
 
 def _modes(results: dict[str, Any]) -> Iterator[str]:

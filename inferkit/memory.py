@@ -203,7 +203,9 @@ def plan_config(
             for mode, held in plans.items()
             if mode != kept.mode and all(d.fits for d in held)
         },
-        note=" ".join(filter(None, (note, _offload_note(plans[kept.mode], kept)))),
+        note=" ".join(
+            filter(None, (note, _offload_note(plans[kept.mode], kept), _kernel_note(devices, kept)))
+        ),
         max_memory=max_memory or {},
         spread=next((names for names in wider if fits_on(names)), ()),
     )
@@ -262,6 +264,16 @@ def _offload_note(devices: Sequence[DevicePlan], form: WeightFormat) -> str:
     sizes = " and ".join(f"{format_bytes(d.weights)} on {d.name}" for d in away)
     plain = "" if form.mode == "none" else ", and stay unquantized"
     return f"The weights that lie offloaded, {sizes}, travel to {run[-1]} at every step{plain}."
+
+
+def _kernel_note(devices: Sequence[str], form: WeightFormat) -> str:
+    if form.mode != "int8" or "cpu" not in runners(devices):
+        return ""
+    # LLM.int8() multiplies the outlier columns of each input apart, however many there are.
+    return (
+        "int8 on a CPU also compiles kernels for many shapes, up to 0.2 GB that stay in the "
+        "process and are not counted here."
+    )
 
 
 def stored_dtype(config: Any) -> str | None:
