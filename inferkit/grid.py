@@ -115,6 +115,7 @@ class _Grid:
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    reference: Reference | None = None
 
     def run(self) -> None:
         """Fill the grid; an interrupt ends it where a run is there to be kept."""
@@ -125,7 +126,7 @@ class _Grid:
             with tqdm(total=total, unit="run", disable=not self.progress, leave=False) as bar:
                 if self.material is not None:
                     bar.set_description("reference for fidelity")
-                    self._attempt(None, self._reference)
+                    self._attempt(None, self._make_reference)
                 for number in range(self.repeat):
                     self._round(number, bar)
         except KeyboardInterrupt:
@@ -176,7 +177,7 @@ class _Grid:
             raise
         except InferkitError as error:
             if cell is None:
-                self.material = None
+                self.reference = None
                 self.notes.append(f"Fidelity could not be measured: {error}")
             else:
                 self.failed[cell] = str(error)
@@ -201,16 +202,17 @@ class _Grid:
             for request in requests:
                 request.cancel()
 
-    def _reference(self) -> Reference:
+    def _make_reference(self) -> None:
         assert self.material is not None
-        return kept_reference(self.model, self.material, progress=False)
+        self.reference = kept_reference(self.model, self.material, progress=False)
 
     def _measure_fidelity(self, mode: str) -> None:
-        self.fidelity[mode] = self._reference().compare(self.model, progress=False)
+        assert self.reference is not None
+        self.fidelity[mode] = self.reference.compare(self.model, progress=False)
 
     def _lacks_fidelity(self, mode: str) -> bool:
         """Whether the model, which is in this mode now, is still to be compared."""
-        if self.material is None or mode in self.fidelity:
+        if self.reference is None or mode in self.fidelity:
             return False
         return not all(cell in self.failed for cell in self.cells if cell.quantize == mode)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,33 +77,34 @@ def fidelity(
         LoadError, ModelUnloadedError: As for `Model.quantize`.
     """
     material = material_of(model, prompts, text, max_tokens)
-    if reference is None:
-        with settings_back(model, progress):
-            kept = kept_reference(model, material, progress)
-    else:
-        _check_vocabulary(model, reference)
-        kept = Reference(reference, material, progress)
-    return kept.compare(model, progress)
+    with model._changing():  # nobody toggles it meanwhile
+        if reference is None:
+            with settings_back(model, progress):
+                kept = kept_reference(model, material, progress)
+        else:
+            _check_vocabulary(model, reference)
+            kept = Reference(reference, material, progress)
+        return kept.compare(model, progress)
 
 
 @contextmanager
 def settings_back(model: Model, progress: bool) -> Iterator[None]:
-    """Whatever the body changes, the model has its mode, cache and policy again afterwards."""
-    form, rows, context, policy = (
-        model._parts.identity.format,
-        model.max_batch,
-        model.context,
-        model.batching,
-    )
-    try:
-        yield
-    finally:
-        if model.loaded:
-            with uninterrupted():
-                model._become(
-                    format=form, max_batch=rows, context=context, force=True, progress=progress
-                )
-                model.configure(batching=policy)
+    """Whatever the body changes, the model has its mode, cache and policy again afterwards.
+
+    Changes by other threads wait until then.
+    """
+    with model._changing():
+        form = model._parts.identity.format
+        rows, context, policy = model.max_batch, model.context, model.batching
+        try:
+            yield
+        finally:
+            if model.loaded:
+                with uninterrupted():
+                    model._become(
+                        format=form, max_batch=rows, context=context, force=True, progress=progress
+                    )
+                    model.configure(batching=policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +227,6 @@ class _Told:
         )
 
 
-_references: weakref.WeakKeyDictionary[Model, tuple[Any, Reference]] = weakref.WeakKeyDictionary()
-
-
 def kept_reference(model: Model, material: Material, progress: bool) -> Reference:
     """What the model says in "none"; toggles it there, unless that is known already.
 
@@ -242,13 +239,12 @@ def kept_reference(model: Model, material: Material, progress: bool) -> Referenc
             f"{model.ref!r} is stored quantized, so that it has no 'none' to compare with: load "
             "the unquantized checkpoint too, and give it as reference=."
         )
-    key = (parts.identity.files, material)
-    found = _references.get(model)
-    if found is not None and found[0] == key:
-        return found[1]
+    found = parts.reference
+    if isinstance(found, Reference) and found.material == material:
+        return found
     model.quantize("none", progress=progress)
-    made = Reference(model, material, progress)
-    _references[model] = key, made
+    parts.reference = None  # one file of logits at a time
+    parts.reference = made = Reference(model, material, progress)
     return made
 
 

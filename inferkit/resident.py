@@ -71,6 +71,7 @@ class Resident:
     Attributes:
         engine: The thread that works with the weights.
         pid: The process that loaded it; a fork of it has no such thread.
+        reference: What it said in "none", where somebody compares its modes; see `reference.py`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Resident:
         self.identity = identity
         self.loaded = loaded
         self.pid = os.getpid()
+        self.reference: Any = None
         self.engine = Engine(
             _runner(loaded, plan, identity),
             end_ids=loaded.end_ids,
@@ -213,6 +215,7 @@ class Resident:
             self.engine.runner.release()
             release(self.loaded)
 
+        self.reference = None
         self.engine.close(empty)
 
     def _settings(self) -> Settings:

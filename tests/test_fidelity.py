@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,38 @@ def test_another_interrupt_on_the_way_back_changes_nothing(
     with pytest.raises(KeyboardInterrupt):
         ik.fidelity(model, PROMPTS, text=TEXT)
     assert model.quantization == "nf4"
+
+
+def test_the_kept_reference_goes_with_the_model(model: ik.Model) -> None:
+    ik.fidelity(model, PROMPTS, text=TEXT)
+    parts = model._parts
+    kept = weakref.ref(parts.reference)
+    model.unload()
+    gc.collect()
+    assert parts.reference is None
+    assert kept() is None
+
+
+def test_another_threads_change_waits_until_it_is_measured(model: ik.Model) -> None:
+    model.quantize("nf4")
+    alone = ik.fidelity(model, PROMPTS, text=TEXT)
+    model._parts.reference = None
+    others = [threading.Thread(target=model.quantize, args=(m,)) for m in ("int8", "nf4")]
+    found = []
+    real = reference._log_probs
+
+    def log_probs(logits: torch.Tensor) -> torch.Tensor:
+        while others and others[0].ident is None:
+            others[0].start()
+        found.append(model.quantization)
+        return real(logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_log_probs", log_probs)
+        assert ik.fidelity(model, PROMPTS, text=TEXT) == alone
+    assert found == sorted(found, key=["none", "nf4"].index)
+    others[0].join(60)
+    assert model.quantization == "int8"
 
 
 def test_requests_that_run_finish_first_and_keep_their_answers(model: ik.Model) -> None:
