@@ -127,6 +127,7 @@ def fresh(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 @pytest.mark.demo
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 class TestQuickstart:
     def test_demo_prints_a_latency_table_and_the_path_of_the_page(self, fresh: Run) -> None:
         assert fresh.status == 0, fresh.stderr
@@ -157,6 +158,7 @@ class TestQuickstart:
 
 @pytest.mark.demo
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
