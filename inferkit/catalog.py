@@ -31,6 +31,7 @@ from inferkit.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from inferkit.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -62,7 +63,7 @@ class Source:
     revision: str | None = None
     gguf: Path | None = None
 
-    def sha256(self, *, progress: bool = True) -> dict[str, str]:
+    def sha256(self, *, progress: Progress = True) -> dict[str, str]:
         """Hex digests by file name, the original GGUF's included; read once per file and change."""
         digests = {
             name: model_files.remembered_sha256(
@@ -75,7 +76,7 @@ class Source:
             digests[manifest["source"]["name"]] = manifest["source"]["sha256"]
         return digests
 
-    def verify(self, *, progress: bool = True) -> tuple[str, ...]:
+    def verify(self, *, progress: Progress = True) -> tuple[str, ...]:
         """Read the files again, and compare with the digests known from where they came.
 
         Those are the names of the blobs in the hub cache (sha256 for large files, git's sha1 for
@@ -112,13 +113,14 @@ class Source:
         return manifest.get("files", {}).get(name)
 
 
-def resolve(ref: Ref, revision: str | None = None, *, progress: bool = True) -> Source:
+def resolve(ref: Ref, revision: str | None = None, *, progress: Progress = True) -> Source:
     """Find a model's files; download or convert them if need be. Reads no weight into memory.
 
     Args:
         ref: ``"demo"``, a folder, a ``.gguf`` file, or a hub id.
         revision: Branch, tag or commit of a hub model.
-        progress: Show bars while downloading, converting or hashing.
+        progress: Show bars while downloading, converting or hashing, or call this with (what,
+            done, total).
 
     Raises:
         ModelNotFoundError: The reference leads to no model; the message says what was tried.

@@ -12,11 +12,20 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import inferkit as ik
+from inferkit.arguments import (
+    LOAD_OPTIONS,
+    MODEL_OPTIONS,
+    RUN_OPTIONS,
+    SAMPLING_OPTIONS,
+    Options,
+    flag,
+    given,
+)
 from inferkit.html import text_table
 
 if TYPE_CHECKING:
@@ -24,31 +33,6 @@ if TYPE_CHECKING:
     from inferkit.generation import Generation
     from inferkit.model import Model
 
-_MODEL_OPTIONS = (
-    "device",
-    "max_memory",
-    "dtype",
-    "quantize",
-    "double_quant",
-    "compute_dtype",
-    "max_batch",
-    "context",
-    "revision",
-    "trust_remote_code",
-)
-_LOAD_OPTIONS = (*_MODEL_OPTIONS, "batching", "force")
-_SAMPLING_OPTIONS = (
-    "sampling",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "logprobs",
-)
 _FAILED, _INTERRUPTED = 2, 130
 
 
@@ -74,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     prompts = [sys.stdin.read().rstrip("\n") if p == "-" else p for p in arguments.prompt]
-    options = _given(arguments, _SAMPLING_OPTIONS)
-    model = ik.load(arguments.model, **_given(arguments, _LOAD_OPTIONS))
+    options = given(arguments, SAMPLING_OPTIONS)
+    model = ik.load(arguments.model, **given(arguments, LOAD_OPTIONS))
     try:
         requests = _submit(model, prompts, arguments.chat, options)
         out = io.StringIO() if arguments.json else sys.stdout
@@ -154,7 +138,7 @@ def _as_json(model: Model, generations: Sequence[Generation]) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    plan = ik.plan(arguments.model, **_given(arguments, _MODEL_OPTIONS))
+    plan = ik.plan(arguments.model, **given(arguments, MODEL_OPTIONS))
     print(json.dumps(plan.to_dict(), indent=2) if arguments.json else plan)
     return 0 if plan.fits else 1
 
@@ -165,24 +149,9 @@ def _devices(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options that were written, so that the library's defaults hold for the others."""
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-
-
 def _complain(error: ik.InferkitError) -> int:
     print(f"inferkit: {' '.join(str(error).split())}", file=sys.stderr)
     return _FAILED
-
-
-def _device(text: str) -> str | list[str]:
-    names = text.split(",")
-    return names if len(names) > 1 else text
-
-
-def _max_memory(text: str) -> dict[str, str]:
-    limits = (limit.partition("=") for limit in text.split(","))
-    return {device.strip(): size for device, _, size in limits}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,22 +182,9 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--chat", action="store_true", default=False, help="use the model's chat template"
     )
     _add_json(run)
-    _add_model_options(run)
-    run.add_argument("--batching", help="continuous, static or off")
-    run.add_argument("--force", action="store_true", help="load although the plan says no")
-    sampling = run.add_argument_group("sampling (default: greedy)")
-    sampling.add_argument(
-        "--sampling", choices=["model"], help="start from what the model's authors recommend"
-    )
-    sampling.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="1 does nothing")
-    sampling.add_argument("--seed", type=int, metavar="N")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
-    sampling.add_argument("--logprobs", type=int, metavar="N", help="shown with --json")
+    _add_options(run.add_argument_group("model"), MODEL_OPTIONS)
+    _add_options(run, RUN_OPTIONS)
+    _add_options(run.add_argument_group("sampling (default: greedy)"), SAMPLING_OPTIONS)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -241,7 +197,7 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     plan.set_defaults(command=_plan)
     plan.add_argument("model", metavar="MODEL", help="demo, a hub id, a folder or a .gguf file")
     _add_json(plan)
-    _add_model_options(plan)
+    _add_options(plan.add_argument_group("model"), MODEL_OPTIONS)
 
 
 def _add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -256,30 +212,6 @@ def _add_json(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("model")
-    group.add_argument(
-        "--device",
-        type=_device,
-        help="auto, cpu, mps, cuda:N, or several: cuda:0,cuda:1 or cuda:0,cpu,disk",
-    )
-    group.add_argument(
-        "--max-memory",
-        type=_max_memory,
-        metavar="LIMITS",
-        help="the most to take of each device: cuda:0=6GiB,cpu=300MB",
-    )
-    group.add_argument("--dtype", help="auto, bfloat16, float16 or float32")
-    group.add_argument("--quantize", metavar="MODE", help="none, int8, nf4 or fp4")
-    group.add_argument(
-        "--double-quant", action="store_true", help="quantize the scales of a 4-bit mode again"
-    )
-    group.add_argument(
-        "--compute-dtype", metavar="DTYPE", help="what 4-bit weights are unpacked to"
-    )
-    group.add_argument("--context", type=int, metavar="N", help="tokens per request")
-    group.add_argument("--max-batch", type=int, metavar="N", help="requests that run together")
-    group.add_argument("--revision", help="a branch, tag or commit of the hub")
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code that the model ships"
-    )
+def _add_options(target: argparse._ActionsContainer, options: Options) -> None:
+    for name, keywords in options.items():
+        target.add_argument(flag(name), **keywords)

@@ -26,6 +26,7 @@ from typing import Any
 
 from inferkit import gguf_convert, model_files
 from inferkit.errors import DamagedFileError, LoadError, ModelNotFoundError
+from inferkit.progress import Progress, stopped
 
 __all__ = [
     "cache_dir",
@@ -91,7 +92,7 @@ def conversions() -> Iterator[tuple[Path, dict[str, Any]]]:
                 yield folder, manifest
 
 
-def convert_file(path: Path, *, progress: bool) -> Path:
+def convert_file(path: Path, *, progress: Progress) -> Path:
     """The folder with the conversion of a GGUF file, made now if need be.
 
     Raises:
@@ -104,7 +105,7 @@ def convert_file(path: Path, *, progress: bool) -> Path:
     return finished(digest) or _make(digest, path.name, lambda _: path, progress, str(path))
 
 
-def convert_demo(*, progress: bool) -> Path:
+def convert_demo(*, progress: Progress) -> Path:
     """The folder with the demo model, converted now if need be; tells its licence once.
 
     Raises:
@@ -150,7 +151,7 @@ def _key(sha256: str) -> str:
 
 
 def _make(
-    digest: str, name: str, source: Callable[[Path], Path], progress: bool, origin: str
+    digest: str, name: str, source: Callable[[Path], Path], progress: Progress, origin: str
 ) -> Path:
     """Convert under the lock, unless somebody did while we waited for it.
 
@@ -158,7 +159,7 @@ def _make(
         digest: The GGUF's sha256.
         name: What to call it in messages.
         source: Gives the GGUF's path; gets a folder where it may write.
-        progress: Show bars.
+        progress: Show bars, or call this with (what, done, total).
         origin: The reference that leads to the GGUF, for the manifest.
     """
     target = _home() / _key(digest)
@@ -173,7 +174,8 @@ def _make(
             _check_space(gguf_convert.output_bytes(gguf_convert.open_gguf(path)), name)
             folder = work / "model"
             folder.mkdir()
-            with model_files.progress_bar(f"Converting {name}, once", None, shown=progress) as bar:
+            what = f"Converting {Path(origin).name}, once"
+            with model_files.progress_bar(what, None, shown=progress) as bar:
                 gguf_convert.convert(path, folder, bar)
                 bar.set_postfix_str("checking")
                 _write_manifest(folder, path, digest, origin)
@@ -207,6 +209,8 @@ def _cache_faults(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if stopped(error):
+            raise
         raise LoadError(
             f"preparing {name} in the cache folder {cache_dir()} failed: {error}; the environment "
             "variable INFERKIT_CACHE names another folder."

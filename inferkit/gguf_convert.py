@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from inferkit.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
+from inferkit.progress import library_bars, stopped
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,8 @@ def convert(path: Path, folder: Path, bar: tqdm[Any]) -> None:
         with _transformers_reads_with(reader):
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, NotImplementedError) as error:
+        if stopped(error):
+            raise
         raise _unsupported(path, reader, error) from error
     tokenizer.save_pretrained(folder)
 
@@ -256,18 +259,26 @@ def _convert_whole(path: Path, folder: Path, config: PretrainedConfig, bar: tqdm
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        config=config,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    # save_pretrained refuses a model that carries the mark of its GGUF quantization.
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(folder)
-    bar.update(bar.total)
+    whole, half = bar.total, 0
+
+    def advance(_: str, done: int, total: int | None) -> None:
+        if total:  # loading is one half of the work, writing the other
+            bar.update((half + whole * done // total // 2) - bar.n)
+
+    with library_bars(advance):
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            config=config,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        # save_pretrained refuses a model that carries the mark of its GGUF quantization.
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+        half = whole // 2
+        model.save_pretrained(folder)
+    bar.update(whole - bar.n)
 
 
 def _stream(

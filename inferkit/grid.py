@@ -14,6 +14,7 @@ from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
 from inferkit.footprint import QUANTIZE_MODES, asked_format
 from inferkit.memory import check_known, check_whole
 from inferkit.model import Model
+from inferkit.progress import Progress, bar
 from inferkit.quality import Fidelity
 from inferkit.reference import (
     Material,
@@ -47,7 +48,7 @@ def compare(
     max_tokens: int | Sequence[int] = 32,
     repeat: int = 5,
     fidelity: bool = True,
-    progress: bool = True,
+    progress: Progress = True,
     **unknown: Any,
 ) -> Comparison:
     """Run a loaded model under every combination of settings, and compare what comes out.
@@ -72,7 +73,7 @@ def compare(
             only requests of unequal length tell "static" from "continuous".
         repeat: Rounds. An interval says little where there are fewer than 5.
         fidelity: Also measure each mode's `inferkit.fidelity`, once.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or call this with (what, done, total).
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Returns:
@@ -110,7 +111,7 @@ class _Grid:
     max_tokens: tuple[int, ...]
     material: Material | None
     repeat: int
-    progress: bool
+    progress: Progress
     runs: list[Run] = field(default_factory=list)
     fidelity: dict[str, Fidelity] = field(default_factory=dict)
     failed: dict[Cell, str] = field(default_factory=dict)
@@ -119,16 +120,14 @@ class _Grid:
 
     def run(self) -> None:
         """Fill the grid; an interrupt ends it where a run is there to be kept."""
-        from tqdm.auto import tqdm
-
         total = self.repeat * len(self.cells)
         try:
-            with tqdm(total=total, unit="run", disable=not self.progress, leave=False) as bar:
+            with bar(self.progress, "Comparing", total, unit="run", leave=False) as shown:
                 if self.material is not None:
-                    bar.set_description("reference for fidelity")
+                    shown.set_description("reference for fidelity")
                     self._attempt(None, self._make_reference)
                 for number in range(self.repeat):
-                    self._round(number, bar)
+                    self._round(number, shown)
         except KeyboardInterrupt:
             if not self.runs:
                 raise
@@ -158,15 +157,15 @@ class _Grid:
             note=" ".join(self.notes),
         )
 
-    def _round(self, number: int, bar: tqdm[Any]) -> None:
+    def _round(self, number: int, shown: tqdm[Any]) -> None:
         for mode, cells in _turned_by_mode(self.cells, number):
             for cell in _turned(list(cells), number):
                 if cell not in self.failed:
-                    bar.set_description(f"round {number + 1}, {cell}")
+                    shown.set_description(f"round {number + 1}, {cell}")
                     self._attempt(cell, lambda cell=cell: self._visit(cell, number))
-                bar.update()
+                shown.update()
             if self._lacks_fidelity(mode):
-                bar.set_description(f"fidelity of {mode}")
+                shown.set_description(f"fidelity of {mode}")
                 self._attempt(None, lambda mode=mode: self._measure_fidelity(mode))
 
     def _attempt(self, cell: Cell | None, work: Any) -> None:

@@ -6,10 +6,11 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inferkit import model_files
 from inferkit.errors import DamagedFileError, LoadError, ModelNotFoundError
+from inferkit.progress import Progress, downloads, quiet_bars, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,13 +37,13 @@ def is_id(ref: str) -> bool:
     return True
 
 
-def snapshot(repo: str, revision: str | None, *, progress: bool) -> Path:
+def snapshot(repo: str, revision: str | None, *, progress: Progress) -> Path:
     """The local folder of a model at a revision, downloaded if it is not cached whole.
 
     Args:
         repo: ``org/name`` or ``name``.
         revision: A branch, tag or commit; ``main`` if None.
-        progress: Show bars while downloading.
+        progress: Show bars while downloading, or call this with (what, done, total).
 
     Raises:
         ModelNotFoundError: There is no such model or revision, it is gated, or neither the hub
@@ -58,12 +59,11 @@ def snapshot(repo: str, revision: str | None, *, progress: bool) -> Path:
         return cached
 
     def fetch(names: list[str]) -> str:
-        return snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=_wanted(repo, names),
-            tqdm_class=None if progress else _silent_bar(),
-        )
+        wanted = _wanted(repo, names)
+        with downloads(progress) as bars:
+            return snapshot_download(
+                repo, revision=revision, allow_patterns=wanted, tqdm_class=bars
+            )
 
     try:
         return Path(_online(repo, revision, fetch))
@@ -91,7 +91,7 @@ def config_folder(repo: str, revision: str | None) -> Path:
 
     def fetch(names: list[str]) -> str:
         _wanted(repo, names)  # refuses what is no model
-        return hf_hub_download(repo, "config.json", revision=revision)
+        return hf_hub_download(repo, "config.json", revision=revision, tqdm_class=quiet_bars())
 
     try:
         return Path(_online(repo, revision, fetch)).parent
@@ -171,11 +171,15 @@ def _online(repo: str, revision: str | None, fetch: Callable[[list[str]], str]) 
         info = HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
         return fetch([file.rfilename for file in info.siblings or []])
     except (_http_error(), LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        if stopped(error):
+            raise
         refused = _refusal(error, repo, revision)
         if refused is not None:
             raise refused from error
         raise _UnreachableError(_network_reason(error)) from error
     except OSError as error:
+        if stopped(error):
+            raise
         raise LoadError(
             f"writing {repo!r} to the hub cache {_cache_folder()} failed: {error}; make room, or "
             "name another folder in the environment variable HF_HUB_CACHE before the first import."
@@ -211,17 +215,6 @@ def _wanted(repo: str, names: list[str]) -> list[str]:
         f"{repo!r} on the hub has no {lack}; it holds {', '.join(names[:6]) or 'nothing'}. Name a "
         "repository with a language model in transformers format."
     )
-
-
-def _silent_bar() -> type[Any]:
-    from tqdm.auto import tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # a key of huggingface_hub's own bars
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-    return Silent
 
 
 def _offline_reason() -> str | None:

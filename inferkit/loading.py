@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from inferkit.errors import DamagedFileError, LoadError, ModelError, Unsupported
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
 from inferkit.placement import offloads, quiet
+from inferkit.progress import Progress, library_bars, stopped
 from inferkit.quantize import loading_config, quantized_tensors, release_quantized
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Loaded:
 
 
 def load_files(
-    source: Source, plan: MemoryPlan, *, trust_remote_code: bool = False, progress: bool = True
+    source: Source, plan: MemoryPlan, *, trust_remote_code: bool = False, progress: Progress = True
 ) -> Loaded:
     """Read a model's weights and tokenizer as the plan says.
 
@@ -75,7 +76,7 @@ def load_files(
     """
     offloaded = None
     try:
-        with _progress_bars(progress):
+        with library_bars(progress):
             module, offloaded = _read_weights(source, plan, trust_remote_code, progress)
             tokenizer = read_tokenizer(source, trust_remote_code)
         return Loaded(
@@ -140,10 +141,11 @@ def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseExcep
     """What to raise for an error that stopped a load; gives back the memory that it holds.
 
     A notebook keeps the last traceback, and its frames would keep what was half loaded: they are
-    emptied. Interrupts and our own errors are handed on; to be raised outside of the ``except``.
+    emptied. Interrupts, our own errors and those of a callable that is told of progress are handed
+    on; to be raised outside of the ``except``.
     """
     problem = error
-    if isinstance(error, Exception) and not isinstance(error, ModelError):
+    if isinstance(error, Exception) and not (isinstance(error, ModelError) or stopped(error)):
         problem = _explain(error, source, plan)
     chain: list[BaseException | None] = [error]
     while chain:
@@ -156,7 +158,7 @@ def failure(error: BaseException, source: Source, plan: MemoryPlan) -> BaseExcep
 
 
 def _read_weights(
-    source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: bool
+    source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: Progress
 ) -> tuple[Any, Offloaded | None]:
     from inferkit.packing import limit_kernels, pack_linears
 
@@ -290,33 +292,6 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             "The folder needs the tokenizer's files (tokenizer.json or tokenizer.model) beside "
             "config.json: save it there with tokenizer.save_pretrained(folder)."
         ) from None
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Where not ``shown``, silence all bars, which are a switch of the process.
-
-    transformers has one of its own; that of tqdm is for the packages that it calls.
-    """
-    from tqdm import tqdm
-    from transformers.utils import logging
-
-    if shown:
-        yield
-        return
-    own, plain = logging.is_progress_bar_enabled(), tqdm.__init__
-
-    def disabled(self: Any, *args: Any, **options: Any) -> None:
-        plain(self, *args, **{**options, "disable": True})
-
-    logging.disable_progress_bar()
-    tqdm.__init__ = disabled
-    try:
-        yield
-    finally:
-        tqdm.__init__ = plain
-        if own:
-            logging.enable_progress_bar()
 
 
 def _end_ids(module: Any, tokenizer: Any) -> frozenset[int]:

@@ -25,6 +25,7 @@ from inferkit.footprint import WeightFormat, asked_format
 from inferkit.generation import Generation, Generations
 from inferkit.html import format_bytes, table
 from inferkit.memory import MemoryPlan
+from inferkit.progress import Progress
 from inferkit.prompts import Encoder, is_one, options_of_each
 from inferkit.quantize import unquantized
 from inferkit.resident import Identity, Resident
@@ -295,7 +296,7 @@ class Model:
         *,
         double_quant: bool = False,
         compute_dtype: Any = "auto",
-        progress: bool = True,
+        progress: Progress = True,
     ) -> Model:
         """Change the precision of the weights in place: "none", "int8", "nf4" or "fp4".
 
@@ -312,7 +313,8 @@ class Model:
                 scales when they are first used.
             compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is
                 that of the model.
-            progress: Show progress bars.
+            progress: Show progress bars, or call this with (what, done, total). What it raises ends
+                the work as an interrupt does.
 
         Raises:
             OptionError: An unknown mode, a detail that the mode does not have, or a checkpoint that
@@ -439,7 +441,7 @@ class Model:
         max_batch: int | None = None,
         context: int | None = None,
         force: bool = False,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> None:
         """Change weights, KV cache or both at once; what is not given stays.
 
@@ -448,7 +450,7 @@ class Model:
             max_batch: Rows of the KV cache.
             context: Tokens in a row.
             force: Although the plan says that it does not fit.
-            progress: Show progress bars.
+            progress: Show progress bars, or call this with (what, done, total).
         """
         with self._changing():
             parts = self._parts

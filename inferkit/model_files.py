@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferkit.errors import DamagedFileError
+from inferkit.progress import Progress, bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -143,24 +144,24 @@ def _damaged(path: Path, fault: str) -> DamagedFileError:
     return DamagedFileError(f"{path} is damaged: {fault}. Delete {target} and download it again.")
 
 
-def sha256(path: Path, bar: tqdm[Any] | None = None) -> str:
-    """The hex digest of a file's content; ``bar`` advances by the bytes read."""
+def sha256(path: Path, shown: tqdm[Any] | None = None) -> str:
+    """The hex digest of a file's content; the bar ``shown`` advances by the bytes read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
-            if bar is not None:
-                bar.update(len(block))
+            if shown is not None:
+                shown.update(len(block))
     return digest.hexdigest()
 
 
-def remembered_sha256(path: Path, memory: Path, *, progress: bool) -> str:
+def remembered_sha256(path: Path, memory: Path, *, progress: Progress) -> str:
     """``sha256``, read again only after the file's size or modification time changed.
 
     Args:
         path: The file.
         memory: A folder that keeps one small JSON file for each file asked for.
-        progress: Show a bar while reading.
+        progress: Show a bar while reading, or call this with (what, done, total).
     """
     target = path.resolve()
     stat = target.stat()
@@ -169,8 +170,8 @@ def remembered_sha256(path: Path, memory: Path, *, progress: bool) -> str:
     known = read_json(note)
     if {key: known.get(key) for key in state} == state:
         return str(known["sha256"])
-    with progress_bar(f"sha256 of {path.name}", stat.st_size, shown=progress) as bar:
-        digest = sha256(target, bar)
+    with progress_bar(f"Checking {path.name}", stat.st_size, shown=progress) as shown:
+        digest = sha256(target, shown)
     write_atomically(note, json.dumps({**state, "sha256": digest}))
     return digest
 
@@ -198,11 +199,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None, *, shown: bool) -> Iterator[tqdm[Any]]:
+def progress_bar(what: str, total: int | None, *, shown: Progress) -> Iterator[tqdm[Any]]:
     """A bar over bytes, in a notebook or a terminal; silent and free unless ``shown``."""
-    from tqdm.auto import tqdm
-
-    with tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=not shown
-    ) as bar:
-        yield bar
+    with bar(shown, what, total, unit="B", unit_scale=True, unit_divisor=1024) as made:
+        yield made

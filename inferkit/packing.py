@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+
+from inferkit.progress import Progress, bar
 
 __all__ = ["PackedLinear", "limit_kernels", "pack_linears", "packable", "packed_bytes"]
 __all__ += ["plain_linear", "release_packed"]
@@ -103,11 +104,12 @@ def limit_kernels() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
-def pack_linears(module: nn.Module, *, progress: bool = False) -> None:
+def pack_linears(module: nn.Module, *, progress: Progress = False) -> None:
     """Replace a model's plain linear layers, where that pays; quantized ones are of other types."""
     chosen = [(name, child) for name, child in module.named_modules() if _pays(child)]
-    bar = tqdm(chosen, "Packing weights", disable=not progress, delay=1, leave=False)
-    for name, child in bar:
+    if not chosen:
+        return
+    for name, child in bar(progress, "Packing weights", steps=chosen, delay=1, leave=False):
         module.set_submodule(name, PackedLinear(child))
         child.weight = None
 

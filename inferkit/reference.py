@@ -15,6 +15,7 @@ from inferkit.errors import GenerationError, OptionError, OutOfMemoryError, Prom
 from inferkit.html import format_bytes
 from inferkit.intervals import Interval, bootstrap
 from inferkit.model import Model
+from inferkit.progress import Progress, bar, stopped
 from inferkit.prompts import is_one
 from inferkit.quality import Fidelity, SequenceFidelity
 from inferkit.resident import uninterrupted
@@ -47,7 +48,7 @@ def fidelity(
     text: str | None = None,
     max_tokens: int = 32,
     reference: Model | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Fidelity:
     """Measure how far a model's outputs are from those of the same model in "none".
 
@@ -63,7 +64,7 @@ def fidelity(
         max_tokens: Tokens to generate greedily for each prompt.
         reference: Another loaded model with the same tokenizer to compare with, for one that is
             stored quantized.
-        progress: Show progress bars.
+        progress: Show progress bars, or call this with (what, done, total).
 
     Returns:
         A `Fidelity`; units and definitions stand there.
@@ -88,10 +89,11 @@ def fidelity(
 
 
 @contextmanager
-def settings_back(model: Model, progress: bool) -> Iterator[None]:
+def settings_back(model: Model, progress: Progress) -> Iterator[None]:
     """Whatever the body changes, the model has its mode, cache and policy again afterwards.
 
-    Changes by other threads wait until then.
+    Changes by other threads wait until then. A callable is not told of the way back, which it
+    could stop.
     """
     with model._changing():
         form = model._parts.identity.format
@@ -102,7 +104,11 @@ def settings_back(model: Model, progress: bool) -> Iterator[None]:
             if model.loaded:
                 with uninterrupted():
                     model._become(
-                        format=form, max_batch=rows, context=context, force=True, progress=progress
+                        format=form,
+                        max_batch=rows,
+                        context=context,
+                        force=True,
+                        progress=progress is True,
                     )
                     model.configure(batching=policy)
 
@@ -123,13 +129,13 @@ class Reference:
     Args:
         model: The model as it is now.
         material: What it reads.
-        progress: Show a progress bar.
+        progress: Show a progress bar, or call this with (what, done, total).
 
     Raises:
         GenerationError: There is no room for the file.
     """
 
-    def __init__(self, model: Model, material: Material, progress: bool) -> None:
+    def __init__(self, model: Model, material: Material, progress: Progress) -> None:
         self.name = f"{model.plan.format}, {model.dtype}"
         self.material = material
         self._greedy = _greedy(model, material)
@@ -141,7 +147,7 @@ class Reference:
         self._log_likelihood: list[float] = []
         _score(model, self._sequences, self._keep, "Reference", progress)
 
-    def compare(self, model: Model, progress: bool) -> Fidelity:
+    def compare(self, model: Model, progress: Progress) -> Fidelity:
         """Compare what another model, or the same in another mode, says to the same tokens."""
         told = [_Told() for _ in self._sequences]
         self._file.seek(0)
@@ -227,7 +233,7 @@ class _Told:
         )
 
 
-def kept_reference(model: Model, material: Material, progress: bool) -> Reference:
+def kept_reference(model: Model, material: Material, progress: Progress) -> Reference:
     """What the model says in "none"; toggles it there, unless that is known already.
 
     Raises:
@@ -315,26 +321,25 @@ def _greedy(model: Model, material: Material) -> list[tuple[int, ...]]:
 
 
 def _score(
-    model: Model, sequences: Sequence[tuple[int, ...]], take: Any, title: str, progress: bool
+    model: Model, sequences: Sequence[tuple[int, ...]], take: Any, title: str, progress: Progress
 ) -> None:
     """Hand out the logits of all predictions: after every token but a sequence's last."""
     import torch
-    from tqdm.auto import tqdm
 
     total = sum(len(s) - 1 for s in sequences)
-    bar = tqdm(total=total, desc=title, unit="tokens", disable=not progress, delay=1, leave=False)
+    counted = bar(progress, title, total, unit="tokens", delay=1, leave=False)
 
     @torch.inference_mode()
     def shown(index: int, start: int, logits: torch.Tensor) -> None:
         take(index, start, logits)
-        bar.update(len(logits))
+        counted.update(len(logits))
 
     problem = None
     try:
-        with bar:
+        with counted:
             model._parts.score([s[:-1] for s in sequences], shown)
     except Exception as error:
-        if not out_of_memory(error):
+        if stopped(error) or not out_of_memory(error):
             raise
         problem = OutOfMemoryError(
             f"The device ran out of memory while logits were compared ({error}). Lower max_batch "

@@ -26,6 +26,7 @@ from inferkit.loading import file_states
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
 from inferkit.placement import check_offload, resolve_max_memory
+from inferkit.progress import Progress
 from inferkit.resident import Identity, take_in
 from inferkit.stored import check_stored
 
@@ -88,7 +89,7 @@ def load(
     prefill_chunk: int = PREFILL_CHUNK,
     double_quant: bool = False,
     compute_dtype: Any = "auto",
-    progress: bool = True,
+    progress: Progress = True,
     **unknown: Any,
 ) -> Model:
     """Load a model, or return it where it is loaded already.
@@ -124,7 +125,8 @@ def load(
         double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
-        progress: Show progress bars.
+        progress: Show progress bars, or call this with (what, done, total). What it raises ends the
+            load as an interrupt does: KeyboardInterrupt cancels one that another thread does.
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:

@@ -34,6 +34,7 @@ from inferkit.loading import (
     weight_bytes,
 )
 from inferkit.memory import MemoryPlan
+from inferkit.progress import Progress
 from inferkit.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Resident:
         self.engine.resize(plan.max_batch, plan.context)
         self.plan = plan
 
-    def exchange(self, plan: MemoryPlan, identity: Identity, *, progress: bool) -> None:
+    def exchange(self, plan: MemoryPlan, identity: Identity, *, progress: Progress) -> None:
         """Read the weights again as ``identity`` says, in the place of those in memory.
 
         Requests that run finish first; those that wait go on afterwards. The weights in memory go
@@ -160,7 +161,7 @@ class Resident:
                 self._put_back(*former)
         raise problem
 
-    def _read(self, plan: MemoryPlan, identity: Identity, progress: bool) -> None:
+    def _read(self, plan: MemoryPlan, identity: Identity, progress: Progress) -> None:
         self.engine.runner.release()
         release_weights(self.loaded)
         loaded = load_files(
@@ -239,7 +240,7 @@ def take_in(
     identity: Identity,
     *,
     batching: Batching,
-    progress: bool,
+    progress: Progress,
 ) -> Resident:
     """Read a model's weights and start its engine; what stops it on the way is released.
 

@@ -83,6 +83,12 @@ class SlotCache:
             )
             for g, d in zip(geometry, devices, strict=True)
         ]
+        self._bytes_per_token: dict[int, int] = {}  # by capacity, of which layers share a few
+        for layer in self._layers:
+            per_token = (layer.keys.nbytes + layer.values.nbytes) // (slots * layer.capacity or 1)
+            self._bytes_per_token[layer.capacity] = (
+                self._bytes_per_token.get(layer.capacity, 0) + per_token
+            )
         # What `swap` moves rows through: it must not need memory when there is none.
         self._spare = _spare_rows(self._layers) if slots > 1 else {}
         # No model may depend on the length it asks for, for every row has its own: see serving.py.
@@ -95,6 +101,14 @@ class SlotCache:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(x.keys.nbytes + x.values.nbytes for x in self._layers)
+
+    def bytes_of(self, lengths: Sequence[int]) -> int:
+        """Bytes that rows of so many tokens have in use."""
+        return sum(
+            per_token * min(length, capacity)
+            for capacity, per_token in self._bytes_per_token.items()
+            for length in lengths
+        )
 
     # -- what a forward pass uses ---------------------------------------------------------------
 

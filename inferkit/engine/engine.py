@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from inferkit.devices import trim_heap
@@ -92,6 +93,8 @@ class Engine:
 
     Attributes:
         steps: The last steps, for timelines.
+        on_submit: Called with requests as they are queued, in the thread that submits them; they
+            must neither wait nor fail.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
+        self.on_submit: list[Callable[[Sequence[Request]], None]] = []
         self._name = name
         self._scheduler = Scheduler(batching, max_batch, runner.prefill_chunk)
         self._stepper = Stepper(
@@ -165,6 +169,17 @@ class Engine:
         return self._stepper.on_finish
 
     @property
+    def kv_capacity(self) -> int:
+        """Bytes of the KV cache of all slots; 0 where transformers' ``generate`` keeps its own."""
+        return self.runner.cache.nbytes if isinstance(self.runner, SlottedRunner) else 0
+
+    def steps_since(self, moment: int) -> list[StepRecord]:
+        """The steps kept that ended after ``moment`` (ns of ``perf_counter_ns``), in order."""
+        kept = self.steps.copy()  # one operation, so that the engine's thread cannot come between
+        late = takewhile(lambda step: step.ended > moment, reversed(kept))
+        return list(late)[::-1]
+
+    @property
     def closed(self) -> bool:
         """Whether it takes no more requests."""
         return self._closing
@@ -184,6 +199,8 @@ class Engine:
                 raise self._refusal()
             self._inbox.extend(requests)
             self._news.notify()
+        for listener in self.on_submit:
+            listener(requests)
 
     def wake(self) -> None:
         """Look at the requests again, for one was cancelled."""

@@ -98,6 +98,23 @@ class Request:
         with self._changed:
             return tuple(self._token_ids)
 
+    def times_since(self, index: int) -> list[int]:
+        """When its tokens from number ``index`` on came, in ns of ``time.perf_counter_ns``.
+
+        For views that look often: it never makes the engine wait, for a slice of a list that only
+        grows needs no lock.
+        """
+        return self._times[index:]
+
+    def pieces_since(self, index: int) -> list[str]:
+        """Its pieces of text from number ``index`` on; see `times_since`."""
+        return self._pieces[index:]
+
+    @property
+    def scheduled(self) -> int | None:
+        """When the first step that it took part in began (ns); None while it waits."""
+        return self._scheduled
+
     @property
     def latency(self) -> Latency:
         """Its timing; while it runs, the timing so far."""

@@ -33,7 +33,19 @@ Part = tuple[Entry, int]
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step, for timelines: times in ns of ``time.perf_counter_ns``."""
+    """One step, for timelines.
+
+    Attributes:
+        began: When it began, in ns of ``time.perf_counter_ns``.
+        ended: When its tokens had been handed out.
+        forward: How long the model's forward passes took, in ns.
+        prefill_tokens: Prompt tokens that it computed.
+        decode_tokens: Rows that it gave a next token.
+        running: Requests that had a slot in it.
+        waiting: Requests that had none.
+        kv_bytes: Keys and values that the running requests had in the cache when it ended; 0
+            where transformers' ``generate`` keeps them.
+    """
 
     began: int
     ended: int
@@ -42,6 +54,7 @@ class StepRecord:
     decode_tokens: int
     running: int
     waiting: int
+    kv_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +126,7 @@ class Stepper:
         """Prefill parts of prompts, and give a token to every request that is past its prompt."""
         began = time.perf_counter_ns()
         self._forward_ns = 0
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         if isinstance(self.runner, SequentialRunner):
             prefilled, decoded = self._run_alone(self.scheduler.running[0], self.runner)
         else:
@@ -130,9 +144,15 @@ class Stepper:
             self._forward_ns,
             prefilled,
             decoded,
-            len(self.scheduler.running),
-            len(self.scheduler.waiting),
+            running,
+            waiting,
+            self._kv_bytes(),
         )
+
+    def _kv_bytes(self) -> int:
+        if isinstance(self.runner, SequentialRunner):
+            return 0
+        return self.runner.cache.bytes_of([e.computed for e in self.scheduler.running])
 
     def drop_cancelled(self) -> None:
         """End the requests that somebody cancelled; their slots are free for this step."""

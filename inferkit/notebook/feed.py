@@ -1,0 +1,371 @@
+"""What live views show of a model, read from it several times a second.
+
+The engine knows nothing of this: a `Feed` hears of new requests, and otherwise reads lists that
+only grow (a request's timestamps, the engine's steps), so that no step ever waits for a view.
+Numbers are kept in tables of limited length; see `Table` for what is let go.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from inferkit.errors import InferkitError
+from inferkit.trace import NS
+
+if TYPE_CHECKING:
+    from inferkit.engine import Request
+    from inferkit.generation import Generation
+    from inferkit.model import Model
+
+POINTS = 20_000
+"""Most rows of a table, which is what a browser draws smoothly."""
+
+WINDOW = 10.0
+"""Seconds whose gaps the rolling quantiles are of."""
+
+_WINDOW_GAPS = 5_000  # at most; more are not drawn apart either
+_REQUESTS = 200  # ended ones whose text a view can still show
+_MARKS = 200
+
+COLUMNS = {
+    "tokens": ("time", "itl", "request"),
+    "firsts": ("time", "ttft", "request"),
+    "levels": ("time", "p50", "p99"),
+    "steps": ("time", "duration", "prefill", "decode", "running", "waiting", "kv"),
+}
+"""The tables and their columns: times in s since `Feed.epoch`, durations in ms, kv in bytes."""
+
+
+class Table:
+    """Rows of numbers that grow at the end, at most `POINTS` of them.
+
+    When it is full, the older half is thinned: of every four rows it keeps the two with the least
+    and the greatest second column, so that late tokens stay to be seen however old they are.
+
+    Args:
+        columns: Numbers in a row; the first is a time, and rows come in its order.
+        limit: Most rows.
+    """
+
+    def __init__(self, columns: int, limit: int = POINTS) -> None:
+        self._rows = np.empty((limit, columns))
+        self._length = 0
+        self.thinned = False
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def rows(self) -> np.ndarray:
+        """All rows, [rows, columns]; a view that the next `extend` may change."""
+        return self._rows[: self._length]
+
+    def extend(self, rows: np.ndarray) -> bool:
+        """Add rows; return whether older ones were thinned for them."""
+        rows = rows[-len(self._rows) // 2 :]
+        full = self._length + len(rows) > len(self._rows)
+        if full:
+            self._thin()
+        self._rows[self._length : self._length + len(rows)] = rows
+        self._length += len(rows)
+        return full
+
+    def _thin(self) -> None:
+        half = len(self._rows) // 2 // 4 * 4
+        old, new = self.rows[:half], self.rows[half:].copy()
+        groups = old.reshape(-1, 4, old.shape[1])
+        ends = np.sort([groups[:, :, 1].argmin(1), groups[:, :, 1].argmax(1)], axis=0)
+        # Four equal rows have one extreme: it and its neighbour stay.
+        ends[1] = np.where(ends[0] == ends[1], (ends[1] + 1) % 4, ends[1])
+        ends.sort(axis=0)
+        kept = groups[np.arange(len(groups)), ends].transpose(1, 0, 2).reshape(-1, old.shape[1])
+        self._rows[: len(kept)] = kept
+        self._rows[len(kept) : len(kept) + len(new)] = new
+        self._length = len(kept) + len(new)
+        self.thinned = True
+
+
+@dataclass(slots=True)
+class Watched:
+    """A request, and how much of it has been read.
+
+    Attributes:
+        number: What the view calls it: 1 for the first that the feed saw.
+        origin: Where it was submitted, "cell" or "panel".
+        tokens: How many timestamps have been read.
+        pieces: How many pieces of text have been read.
+    """
+
+    request: Request
+    number: int
+    origin: str = "cell"
+    tokens: int = 0
+    pieces: int = 0
+    last: int = 0
+    status: str = ""
+
+
+@dataclass(slots=True)
+class Update:
+    """What has happened since the last one.
+
+    Attributes:
+        tables: New rows per table; all rows of those in ``reset``.
+        reset: Tables whose rows replace the former ones, for they were thinned.
+        marks: New changes of mode, as (time, label).
+        requests: What is new of each request, as plain data.
+    """
+
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    reset: list[str] = field(default_factory=list)
+    marks: list[tuple[float, str]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.marks or self.requests or any(map(len, self.tables.values())))
+
+
+class Feed:
+    """Reads a model's requests and steps. Its methods may be called from any thread.
+
+    Attributes:
+        epoch: The moment that times count from, in ns of ``time.perf_counter_ns``.
+        tables: All rows so far, by the names in `COLUMNS`.
+        marks: Changes of mode, as (time in s, label).
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.epoch = time.perf_counter_ns()
+        self.tables = {name: Table(len(columns)) for name, columns in COLUMNS.items()}
+        self.marks: deque[tuple[float, str]] = deque(maxlen=_MARKS)
+        self._model = model
+        self._engine = model._engine
+        self._lock = threading.RLock()
+        self._new: deque[Watched] = deque()
+        self._live: list[Watched] = []
+        self._ended: deque[Watched] = deque(maxlen=_REQUESTS)
+        self._run: list[Request] = []
+        self._count = 0
+        self._panel: set[int] = set()
+        self._step_seen = self.epoch
+        self._facts = self.facts()
+        self.wake = threading.Event()
+        self._engine.on_submit.append(self._submitted)
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def poll(self) -> Update:
+        """Read what is new."""
+        with self._lock:
+            update = Update()
+            self._begin_requests()
+            rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
+            for watched in list(self._live):
+                self._read(watched, rows, update)
+            steps = [self._step_row(s) for s in self._new_steps()]
+            levels = self._levels(rows["tokens"])
+            for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
+                if new:
+                    self._add(name, sorted(new), update)
+            self._mark_changes(update)
+            return update
+
+    def snapshot(self) -> Update:
+        """All that is kept, for a view that knows nothing yet."""
+        with self._lock:
+            self.poll()
+            return Update(
+                tables={name: table.rows.copy() for name, table in self.tables.items()},
+                reset=list(self.tables),
+                marks=list(self.marks),
+                requests=[self._told(w, whole=True) for w in (*self._ended, *self._live)],
+            )
+
+    @property
+    def live(self) -> list[Request]:
+        """The requests that have not ended."""
+        with self._lock:
+            self._begin_requests()
+            return [w.request for w in self._live if not w.request.done]
+
+    @property
+    def run(self) -> list[Request]:
+        """The requests of the present run, or of the last one where none is live.
+
+        A run begins when a request comes to an idle model, and ends when all have ended.
+        """
+        with self._lock:
+            self._begin_requests()
+            return list(self._run)
+
+    def find(self, number: int) -> Request | None:
+        """The request that the view calls by this number, if it is still known."""
+        with self._lock:
+            self._begin_requests()
+            known = (w.request for w in (*self._live, *self._ended) if w.number == number)
+            return next(known, None)
+
+    def generations(self) -> list[Generation]:
+        """The results of the requests of the present or last run that have ended, in order."""
+        return [request.result() for request in self.run if request.done]
+
+    def facts(self) -> dict[str, Any]:
+        """What the model runs as; empty once it is unloaded."""
+        model = self._model
+        try:
+            return {
+                "quantization": str(model.plan.format),
+                "batching": model.batching,
+                "max_batch": model.max_batch,
+                "context": model.context,
+            }
+        except InferkitError:
+            return {}
+
+    def from_panel(self, requests: Sequence[Request]) -> None:
+        """Note that these came from the panel and not from a cell."""
+        with self._lock:
+            self._panel.update(request.id for request in requests)
+
+    def close(self) -> None:
+        """Hear of no more requests."""
+        if self._submitted in self._engine.on_submit:
+            self._engine.on_submit.remove(self._submitted)
+
+    # -- within ---------------------------------------------------------------------------------
+
+    def _submitted(self, requests: Sequence[Request]) -> None:
+        """Called by whoever submits, so it only takes note."""
+        self._new.extend(Watched(request, 0) for request in requests)
+        self.wake.set()
+
+    def _begin_requests(self) -> None:
+        while self._new:
+            if not self._live:
+                self._run = []
+            watched = self._new.popleft()
+            self._count += 1
+            watched.number, watched.last = self._count, watched.request.arrival
+            if watched.request.id in self._panel:
+                watched.origin = "panel"
+                self._panel.discard(watched.request.id)
+            self._live.append(watched)
+            self._run.append(watched.request)
+
+    def _read(
+        self, watched: Watched, rows: dict[str, list[tuple[float, ...]]], update: Update
+    ) -> None:
+        done = watched.request.done  # before the rest, so that nothing comes after it
+        for moment in watched.request.times_since(watched.tokens):
+            name = "tokens" if watched.tokens else "firsts"
+            gap = (moment - watched.last) * 1e-6
+            rows[name].append((self._since(moment), gap, watched.number))
+            watched.last = moment
+            watched.tokens += 1
+        if watched.request.pieces_since(watched.pieces) or self._status(watched) != watched.status:
+            update.requests.append(self._told(watched))
+        if done:
+            self._live.remove(watched)
+            self._ended.append(watched)
+
+    def _told(self, watched: Watched, *, whole: bool = False) -> dict[str, Any]:
+        """What a view needs to know of a request: all of it, or what is new."""
+        request = watched.request
+        told: dict[str, Any] = {"number": watched.number}
+        if whole or not watched.status:
+            shown = request.prompt
+            told["prompt"] = (
+                f"{len(request.prompt_token_ids)} token ids" if shown is None else shown
+            )
+            told["origin"] = watched.origin
+        if whole:
+            told["text"] = "".join(request.pieces_since(0)[: watched.pieces])
+        else:
+            new = request.pieces_since(watched.pieces)
+            watched.pieces += len(new)
+            told["add"] = "".join(new)
+            watched.status = self._status(watched)
+        told["status"], told["tokens"] = watched.status, watched.tokens
+        if request.done:
+            told |= _ended_facts(request.result())
+        return told
+
+    def _status(self, watched: Watched) -> str:
+        request = watched.request
+        if request.done:
+            return request.result().finish_reason
+        return "waiting" if request.scheduled is None else "running"
+
+    def _new_steps(self) -> list[Any]:
+        steps = self._engine.steps_since(self._step_seen)
+        if steps:
+            self._step_seen = steps[-1].ended
+        return steps
+
+    def _step_row(self, step: Any) -> tuple[float, ...]:
+        return (
+            self._since(step.began),
+            (step.ended - step.began) * 1e-6,
+            step.prefill_tokens,
+            step.decode_tokens,
+            step.running,
+            step.waiting,
+            step.kv_bytes,
+        )
+
+    def _levels(self, new: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
+        """A row of rolling quantiles at the newest gap, where there is one."""
+        if not new:
+            return []
+        now = max(new)[0]
+        kept = self.tables["tokens"].rows[-_WINDOW_GAPS:]
+        recent = kept[np.searchsorted(kept[:, 0], now - WINDOW) :, 1]
+        gaps = np.concatenate([recent, [gap for _, gap, _ in new]])
+        p50, p99 = np.percentile(gaps, (50, 99))
+        return [(now, float(p50), float(p99))]
+
+    def _add(self, name: str, rows: list[tuple[float, ...]], update: Update) -> None:
+        table, new = self.tables[name], np.array(rows)
+        if table.extend(new):
+            update.reset.append(name)
+            new = table.rows.copy()
+        update.tables[name] = new
+
+    def _mark_changes(self, update: Update) -> None:
+        facts = self.facts()
+        changed = [
+            _label(name, value) for name, value in facts.items() if value != self._facts.get(name)
+        ]
+        if self._facts and not facts:
+            changed = ["unloaded"]
+        if changed:
+            mark = (self._since(time.perf_counter_ns()), ", ".join(changed))
+            self.marks.append(mark)
+            update.marks.append(mark)
+        self._facts = facts
+
+    def _since(self, moment: int) -> float:
+        return (moment - self.epoch) * NS
+
+
+def _label(name: str, value: Any) -> str:
+    return f"{name.replace('_', ' ')} {value}" if isinstance(value, int) else str(value)
+
+
+def _ended_facts(gen: Generation) -> dict[str, Any]:
+    latency = gen.latency
+    names = ("queue", "ttft", "tpot", "e2e")
+    times = {name: getattr(latency, name) for name in names}
+    ms = {name: None if value is None else 1e3 * value for name, value in times.items()}
+    return {
+        "ms": ms,
+        "error": str(gen.error) if gen.error else None,
+        "mode": gen.settings.quantization,
+    }
