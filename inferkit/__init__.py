@@ -115,3 +115,13 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+def load_ipython_extension(ipython: object) -> None:
+    """``%load_ext inferkit``: the magics ``%infer`` and ``%%infer``, and their completion."""
+    import_module("inferkit.notebook.magics").register(ipython)
+
+
+def unload_ipython_extension(ipython: object) -> None:
+    """``%unload_ext inferkit``: takes them out again."""
+    import_module("inferkit.notebook.magics").unregister(ipython)

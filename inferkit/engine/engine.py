@@ -149,6 +149,16 @@ class Engine:
         return len(self._scheduler.waiting) + len(self._inbox)
 
     @property
+    def requests(self) -> list[Request]:
+        """Those that wait or run, in the order of arrival.
+
+        Read while the engine's thread works: one that is admitted in this moment may be missing.
+        """
+        scheduler = self._scheduler
+        entries = [*scheduler.running.copy(), *scheduler.waiting.copy()]
+        return [*(entry.request for entry in entries), *self._inbox.copy()]
+
+    @property
     def batching(self) -> Batching:
         """The batching policy in force."""
         return self._scheduler.batching

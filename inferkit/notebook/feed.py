@@ -21,6 +21,7 @@ from inferkit.trace import NS
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
+    from inferkit.engine.engine import Engine, StepRecord
     from inferkit.generation import Generation
     from inferkit.model import Model
 
@@ -29,6 +30,9 @@ POINTS = 20_000
 
 WINDOW = 10.0
 """Seconds whose gaps the rolling quantiles are of."""
+
+RATE_WINDOW = 2.0
+"""Seconds that tokens per second are counted over."""
 
 _WINDOW_GAPS = 5_000  # at most; more are not drawn apart either
 _REQUESTS = 200  # ended ones whose text a view can still show
@@ -133,20 +137,26 @@ class Update:
 
 
 class Feed:
-    """Reads a model's requests and steps. Its methods may be called from any thread.
+    """Reads the requests and steps of a model. Its methods may be called from any thread.
+
+    What was read stays when another model is attached, or none.
+
+    Args:
+        wake: Set when a request comes.
 
     Attributes:
         epoch: The moment that times count from, in ns of ``time.perf_counter_ns``.
         tables: All rows so far, by the names in `COLUMNS`.
-        marks: Changes of mode, as (time in s, label).
+        marks: Changes of model and mode, as (time in s, label).
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, wake: threading.Event) -> None:
         self.epoch = time.perf_counter_ns()
         self.tables = {name: Table(len(columns)) for name, columns in COLUMNS.items()}
         self.marks: deque[tuple[float, str]] = deque(maxlen=_MARKS)
-        self._model = model
-        self._engine = model._engine
+        self._wake = wake
+        self._model: Model | None = None
+        self._engine: Engine | None = None
         self._lock = threading.RLock()
         self._new: deque[Watched] = deque()
         self._live: list[Watched] = []
@@ -155,9 +165,28 @@ class Feed:
         self._count = 0
         self._panel: set[int] = set()
         self._step_seen = self.epoch
-        self._facts = self.facts()
-        self.wake = threading.Event()
-        self._engine.on_submit.append(self._submitted)
+        self._facts: dict[str, Any] = {}
+
+    def attach(self, model: Model | None) -> None:
+        """Hear of this model's requests, and of no more of another's.
+
+        Those of either that run at this moment are followed to their end.
+
+        Raises:
+            ModelUnloadedError: It was unloaded.
+        """
+        with self._lock:
+            engine = None if model is None else model._engine
+            self.close()
+            self._model, self._engine = model, engine
+            if engine is not None:
+                engine.on_submit.append(self._submitted)
+                self._submitted(engine.requests)
+
+    @property
+    def model(self) -> Model | None:
+        """The model that is attached."""
+        return self._model
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -217,10 +246,13 @@ class Feed:
         return [request.result() for request in self.run if request.done]
 
     def facts(self) -> dict[str, Any]:
-        """What the model runs as; empty once it is unloaded."""
+        """What the model runs as; empty where there is none, or it was unloaded."""
         model = self._model
+        if model is None:
+            return {}
         try:
             return {
+                "model": model.name,
                 "quantization": str(model.plan.format),
                 "batching": model.batching,
                 "max_batch": model.max_batch,
@@ -229,6 +261,29 @@ class Feed:
         except InferkitError:
             return {}
 
+    def now(self) -> dict[str, Any]:
+        """The present, in numbers: ms, tokens per second, bytes; None where there is nothing yet.
+
+        The rate is that of the last `RATE_WINDOW` seconds.
+        """
+        with self._lock:
+            time_now = self._since(time.perf_counter_ns())
+            tokens = sum(
+                len(rows) - int(np.searchsorted(rows[:, 0], time_now - RATE_WINDOW))
+                for rows in (self.tables["tokens"].rows, self.tables["firsts"].rows)
+            )
+            levels = self.tables["levels"].rows
+            engine = self._engine
+            return {
+                "time": time_now,
+                "rate": tokens / RATE_WINDOW,
+                "p50": float(levels[-1, 1]) if len(levels) else None,
+                "p99": float(levels[-1, 2]) if len(levels) else None,
+                "running": engine.running if engine else 0,
+                "waiting": engine.waiting if engine else 0,
+                "capacity": engine.kv_capacity if engine else 0,
+            }
+
     def from_panel(self, requests: Sequence[Request]) -> None:
         """Note that these came from the panel and not from a cell."""
         with self._lock:
@@ -236,7 +291,7 @@ class Feed:
 
     def close(self) -> None:
         """Hear of no more requests."""
-        if self._submitted in self._engine.on_submit:
+        if self._engine is not None and self._submitted in self._engine.on_submit:
             self._engine.on_submit.remove(self._submitted)
 
     # -- within ---------------------------------------------------------------------------------
@@ -244,13 +299,15 @@ class Feed:
     def _submitted(self, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
         self._new.extend(Watched(request, 0) for request in requests)
-        self.wake.set()
+        self._wake.set()
 
     def _begin_requests(self) -> None:
         while self._new:
             if not self._live:
                 self._run = []
             watched = self._new.popleft()
+            if any(w.request is watched.request for w in self._live):
+                continue  # it was submitted while a model was attached
             self._count += 1
             watched.number, watched.last = self._count, watched.request.arrival
             if watched.request.id in self._panel:
@@ -303,13 +360,13 @@ class Feed:
             return request.result().finish_reason
         return "waiting" if request.scheduled is None else "running"
 
-    def _new_steps(self) -> list[Any]:
-        steps = self._engine.steps_since(self._step_seen)
+    def _new_steps(self) -> list[StepRecord]:
+        steps = self._engine.steps_since(self._step_seen) if self._engine else []
         if steps:
             self._step_seen = steps[-1].ended
         return steps
 
-    def _step_row(self, step: Any) -> tuple[float, ...]:
+    def _step_row(self, step: StepRecord) -> tuple[float, ...]:
         return (
             self._since(step.began),
             (step.ended - step.began) * 1e-6,
@@ -339,17 +396,20 @@ class Feed:
         update.tables[name] = new
 
     def _mark_changes(self, update: Update) -> None:
-        facts = self.facts()
-        changed = [
-            _label(name, value) for name, value in facts.items() if value != self._facts.get(name)
-        ]
-        if self._facts and not facts:
-            changed = ["unloaded"]
-        if changed:
-            mark = (self._since(time.perf_counter_ns()), ", ".join(changed))
-            self.marks.append(mark)
-            update.marks.append(mark)
+        facts, former = self.facts(), self._facts
         self._facts = facts
+        if facts == former or not (former or self._count):
+            return
+        if not facts:
+            label = "unloaded"
+        elif facts["model"] != former.get("model"):
+            label = f"{facts['model']}, {facts['quantization']}"
+        else:
+            changed = ((k, v) for k, v in facts.items() if v != former[k])
+            label = ", ".join(_label(name, value) for name, value in changed)
+        mark = (self._since(time.perf_counter_ns()), label)
+        self.marks.append(mark)
+        update.marks.append(mark)
 
     def _since(self, moment: int) -> float:
         return (moment - self.epoch) * NS
