@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from inferkit.latency import LatencySummary, summarize
     from inferkit.memory import MemoryPlan, plan
     from inferkit.model import Model
+    from inferkit.notebook.live import LivePlot
+    from inferkit.notebook.panel import Panel
     from inferkit.quality import Fidelity
     from inferkit.reference import fidelity
     from inferkit.registry import load, models
@@ -64,6 +66,7 @@ __all__ = [
     "InferkitError",
     "Latency",
     "LatencySummary",
+    "LivePlot",
     "LoadError",
     "MemoryPlan",
     "Model",
@@ -73,6 +76,7 @@ __all__ = [
     "NonFiniteLogitsError",
     "OptionError",
     "OutOfMemoryError",
+    "Panel",
     "PromptError",
     "Request",
     "SamplingParams",
@@ -92,8 +96,10 @@ _HOME = {
     "Generation": "inferkit.generation",
     "Latency": "inferkit.trace",
     "LatencySummary": "inferkit.latency",
+    "LivePlot": "inferkit.notebook.live",
     "MemoryPlan": "inferkit.memory",
     "Model": "inferkit.model",
+    "Panel": "inferkit.notebook.panel",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
     "compare": "inferkit.grid",

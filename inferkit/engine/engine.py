@@ -150,13 +150,13 @@ class Engine:
 
     @property
     def requests(self) -> list[Request]:
-        """Those that wait or run, in the order of arrival.
-
-        Read while the engine's thread works: one that is admitted in this moment may be missing.
-        """
-        scheduler = self._scheduler
-        entries = [*scheduler.running.copy(), *scheduler.waiting.copy()]
-        return [*(entry.request for entry in entries), *self._inbox.copy()]
+        """Those that wait or run, in the order of arrival."""
+        # Read while the engine's thread works, the way that requests go: none is missed, for it
+        # comes to the next place before it leaves the last, and one may be seen twice.
+        inbox = self._inbox.copy()
+        waiting = self._scheduler.waiting.copy()
+        running = self._scheduler.running.copy()
+        return list(dict.fromkeys([*(entry.request for entry in (*running, *waiting)), *inbox]))
 
     @property
     def batching(self) -> Batching:
@@ -209,7 +209,7 @@ class Engine:
                 raise self._refusal()
             self._inbox.extend(requests)
             self._news.notify()
-        for listener in self.on_submit:
+        for listener in self.on_submit.copy():  # another thread may add one, or take one away
             listener(requests)
 
     def wake(self) -> None:
@@ -390,7 +390,8 @@ class Engine:
         """Queue what was submitted; return whether this is to end."""
         with self._news:
             while self._inbox:
-                self._scheduler.add(Entry(self._inbox.popleft()))
+                self._scheduler.add(Entry(self._inbox[0]))
+                self._inbox.popleft()  # not before: see `requests`
             return self._closing
 
     def _has_work(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, get_args
 
 from inferkit.engine.request import Request
@@ -100,8 +101,10 @@ class Scheduler:
             room = 0
         else:
             room = self.max_batch - len(self.running)
-        admitted = [self.waiting.popleft() for _ in range(min(room, len(self.waiting)))]
+        admitted = list(islice(self.waiting, max(0, room)))
         self.running += admitted
+        for _ in admitted:  # not before: other threads look (see `Engine.requests`)
+            self.waiting.popleft()
         return admitted
 
     def remove(self, entry: Entry) -> None:

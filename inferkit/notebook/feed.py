@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ RATE_WINDOW = 2.0
 _WINDOW_GAPS = 5_000  # at most; more are not drawn apart either
 _REQUESTS = 200  # ended ones whose text a view can still show
 _MARKS = 200
+_ALIVE = ("waiting", "running")
 
 COLUMNS = {
     "tokens": ("time", "itl", "request"),
@@ -54,8 +57,8 @@ class Table:
     and the greatest second column, so that late tokens stay to be seen however old they are.
 
     Args:
-        columns: Numbers in a row; the first is a time, and rows come in its order.
-        limit: Most rows.
+        columns: Numbers in a row; the first is a time, in whose order rows are kept.
+        limit: Most rows, 8 or more.
     """
 
     def __init__(self, columns: int, limit: int = POINTS) -> None:
@@ -72,14 +75,21 @@ class Table:
         return self._rows[: self._length]
 
     def extend(self, rows: np.ndarray) -> bool:
-        """Add rows; return whether older ones were thinned for them."""
-        rows = rows[-len(self._rows) // 2 :]
-        full = self._length + len(rows) > len(self._rows)
-        if full:
-            self._thin()
-        self._rows[self._length : self._length + len(rows)] = rows
-        self._length += len(rows)
-        return full
+        """Add rows, in order; return whether former ones were thinned or moved for them."""
+        changed = False
+        room = len(self._rows) // 2 // 4 * 2  # what thinning once makes
+        for start in range(0, len(rows), room):
+            part = rows[start : start + room]
+            if self._length + len(part) > len(self._rows):
+                self._thin()
+                changed = True
+            late = self._length > 0 and part[0, 0] < self._rows[self._length - 1, 0]
+            self._rows[self._length : self._length + len(part)] = part
+            self._length += len(part)
+            if late:  # from a request that ran before the feed heard of it
+                self._rows[: self._length] = self.rows[self.rows[:, 0].argsort(kind="stable")]
+                changed = True
+        return changed
 
     def _thin(self) -> None:
         half = len(self._rows) // 2 // 4 * 4
@@ -122,7 +132,7 @@ class Update:
 
     Attributes:
         tables: New rows per table; all rows of those in ``reset``.
-        reset: Tables whose rows replace the former ones, for they were thinned.
+        reset: Tables whose rows replace the former ones, for they were thinned or moved.
         marks: New changes of mode, as (time, label).
         requests: What is new of each request, as plain data.
     """
@@ -163,7 +173,7 @@ class Feed:
         self._ended: deque[Watched] = deque(maxlen=_REQUESTS)
         self._run: list[Request] = []
         self._count = 0
-        self._panel: set[int] = set()
+        self._origin = threading.local()
         self._step_seen = self.epoch
         self._facts: dict[str, Any] = {}
 
@@ -179,6 +189,9 @@ class Feed:
             engine = None if model is None else model._engine
             self.close()
             self._model, self._engine = model, engine
+            self._begin_requests()
+            if not self._count:
+                self._facts = self.facts()  # no change of anything that is shown
             if engine is not None:
                 engine.on_submit.append(self._submitted)
                 self._submitted(engine.requests)
@@ -194,10 +207,13 @@ class Feed:
         """Read what is new."""
         with self._lock:
             update = Update()
+            # What comes meanwhile waits for the next time, or requests that are read later in this
+            # loop would be ahead of the others, and rows out of order.
+            until = time.perf_counter_ns()
             self._begin_requests()
             rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
             for watched in list(self._live):
-                self._read(watched, rows, update)
+                self._read(watched, until, rows, update)
             steps = [self._step_row(s) for s in self._new_steps()]
             levels = self._levels(rows["tokens"])
             for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
@@ -214,7 +230,7 @@ class Feed:
                 tables={name: table.rows.copy() for name, table in self.tables.items()},
                 reset=list(self.tables),
                 marks=list(self.marks),
-                requests=[self._told(w, whole=True) for w in (*self._ended, *self._live)],
+                requests=[self._told(w) for w in (*self._ended, *self._live)],
             )
 
     @property
@@ -284,10 +300,14 @@ class Feed:
                 "capacity": engine.kv_capacity if engine else 0,
             }
 
-    def from_panel(self, requests: Sequence[Request]) -> None:
-        """Note that these came from the panel and not from a cell."""
-        with self._lock:
-            self._panel.update(request.id for request in requests)
+    @contextmanager
+    def origin(self, name: str) -> Iterator[None]:
+        """What this thread submits meanwhile comes from here, and not from a cell."""
+        self._origin.name = name
+        try:
+            yield
+        finally:
+            del self._origin.name
 
     def close(self) -> None:
         """Hear of no more requests."""
@@ -298,67 +318,68 @@ class Feed:
 
     def _submitted(self, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
-        self._new.extend(Watched(request, 0) for request in requests)
+        origin = getattr(self._origin, "name", "cell")
+        self._new.extend(Watched(request, 0, origin) for request in requests)
         self._wake.set()
 
     def _begin_requests(self) -> None:
         while self._new:
-            if not self._live:
-                self._run = []
             watched = self._new.popleft()
-            if any(w.request is watched.request for w in self._live):
+            request = watched.request
+            if any(w.request is request for w in (*self._live, *self._ended)):
                 continue  # it was submitted while a model was attached
+            if all(_ended_by(r, request.arrival) for r in reversed(self._run)):
+                self._run = []
             self._count += 1
-            watched.number, watched.last = self._count, watched.request.arrival
-            if watched.request.id in self._panel:
-                watched.origin = "panel"
-                self._panel.discard(watched.request.id)
+            watched.number, watched.last = self._count, request.arrival
             self._live.append(watched)
-            self._run.append(watched.request)
+            self._run.append(request)
 
     def _read(
-        self, watched: Watched, rows: dict[str, list[tuple[float, ...]]], update: Update
+        self,
+        watched: Watched,
+        until: int,
+        rows: dict[str, list[tuple[float, ...]]],
+        update: Update,
     ) -> None:
-        done = watched.request.done  # before the rest, so that nothing comes after it
-        for moment in watched.request.times_since(watched.tokens):
+        status = _status(watched.request)  # before the rest, so that nothing comes after its end
+        times = watched.request.times_since(watched.tokens)
+        due = bisect_right(times, until)
+        if due < len(times):
+            status = "running"
+        for moment in times[:due]:
             name = "tokens" if watched.tokens else "firsts"
             gap = (moment - watched.last) * 1e-6
             rows[name].append((self._since(moment), gap, watched.number))
             watched.last = moment
             watched.tokens += 1
-        if watched.request.pieces_since(watched.pieces) or self._status(watched) != watched.status:
-            update.requests.append(self._told(watched))
-        if done:
+        if due or watched.request.pieces_since(watched.pieces) or status != watched.status:
+            update.requests.append(self._told(watched, status))
+        if status not in _ALIVE:
             self._live.remove(watched)
             self._ended.append(watched)
 
-    def _told(self, watched: Watched, *, whole: bool = False) -> dict[str, Any]:
-        """What a view needs to know of a request: all of it, or what is new."""
+    def _told(self, watched: Watched, status: str | None = None) -> dict[str, Any]:
+        """What a view needs to know of a request: what is new with this status, or all of it."""
         request = watched.request
         told: dict[str, Any] = {"number": watched.number}
-        if whole or not watched.status:
+        if status is None or not watched.status:
             shown = request.prompt
             told["prompt"] = (
                 f"{len(request.prompt_token_ids)} token ids" if shown is None else shown
             )
             told["origin"] = watched.origin
-        if whole:
+        if status is None:
             told["text"] = "".join(request.pieces_since(0)[: watched.pieces])
         else:
             new = request.pieces_since(watched.pieces)
             watched.pieces += len(new)
             told["add"] = "".join(new)
-            watched.status = self._status(watched)
+            watched.status = status
         told["status"], told["tokens"] = watched.status, watched.tokens
-        if request.done:
+        if watched.status not in _ALIVE:
             told |= _ended_facts(request.result())
         return told
-
-    def _status(self, watched: Watched) -> str:
-        request = watched.request
-        if request.done:
-            return request.result().finish_reason
-        return "waiting" if request.scheduled is None else "running"
 
     def _new_steps(self) -> list[StepRecord]:
         steps = self._engine.steps_since(self._step_seen) if self._engine else []
@@ -382,9 +403,8 @@ class Feed:
         if not new:
             return []
         now = max(new)[0]
-        kept = self.tables["tokens"].rows[-_WINDOW_GAPS:]
-        recent = kept[np.searchsorted(kept[:, 0], now - WINDOW) :, 1]
-        gaps = np.concatenate([recent, [gap for _, gap, _ in new]])
+        recent = np.concatenate([self.tables["tokens"].rows[-_WINDOW_GAPS:], new])
+        gaps = recent[recent[:, 0] >= now - WINDOW, 1]
         p50, p99 = np.percentile(gaps, (50, 99))
         return [(now, float(p50), float(p99))]
 
@@ -398,7 +418,7 @@ class Feed:
     def _mark_changes(self, update: Update) -> None:
         facts, former = self.facts(), self._facts
         self._facts = facts
-        if facts == former or not (former or self._count):
+        if facts == former:
             return
         if not facts:
             label = "unloaded"
@@ -413,6 +433,16 @@ class Feed:
 
     def _since(self, moment: int) -> float:
         return (moment - self.epoch) * NS
+
+
+def _status(request: Request) -> str:
+    if request.done:
+        return request.result().finish_reason
+    return "waiting" if request.scheduled is None else "running"
+
+
+def _ended_by(request: Request, moment: int) -> bool:
+    return request.done and request.result().latency.trace.end <= moment
 
 
 def _label(name: str, value: Any) -> str:

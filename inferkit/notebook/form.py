@@ -1,0 +1,215 @@
+"""What was typed into the panel, as the options that the library takes.
+
+Everything is text as it was typed; empty is the default. The library judges the values, so that a
+message at a field says what a cell would have said.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from inferkit.errors import OptionError
+from inferkit.sampling import SamplingParams
+
+Form = Mapping[str, Any]
+
+EMPTY: dict[str, Any] = {
+    "ref": "demo",
+    "device": "auto",
+    "quantize": "none",
+    "batching": "continuous",
+    "max_batch": "16",
+    "context": "",
+    "prompt": "",
+    "copies": "8",
+    "max_tokens": "64",
+    "temperature": "0",
+    "top_p": "",
+    "top_k": "",
+    "min_p": "",
+    "repetition_penalty": "",
+    "seed": "",
+    "stop": "",
+    "ignore_eos": False,
+    "chat": False,
+}
+"""The form of a new panel, and with it the names of its fields."""
+
+LOADING = ("ref", "device", "quantize", "batching", "max_batch", "context")
+"""Fields that a load depends on."""
+
+_NUMBERS: dict[str, type] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "repetition_penalty": float,
+}
+_MOST_COPIES = 1000
+
+
+class FormError(OptionError):
+    """Something typed makes no sense.
+
+    Attributes:
+        fields: The message for each field.
+    """
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        super().__init__(" ".join(fields.values()))
+        self.fields = dict(fields)
+
+
+class _Reading:
+    """Reads fields and gathers what is wrong, so that all of it is said at once."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self.wrong: dict[str, str] = {}
+
+    def text(self, name: str) -> str:
+        return str(self._form.get(name, "") or "").strip()
+
+    def read(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """What a field says; None where it is empty or makes no sense."""
+        text = self.text(name)
+        if not text:
+            return None
+        try:
+            return parse(text)
+        except ValueError as error:
+            self.wrong[name] = str(error)
+            return None
+
+    def check(self) -> None:
+        if self.wrong:
+            raise FormError(self.wrong)
+
+
+def load_options(form: Form) -> dict[str, Any]:
+    """The model and the options of `inferkit.load`, ``ref`` among them.
+
+    Raises:
+        FormError: A field is empty that must not be, or no number.
+    """
+    reading = _Reading(form)
+    options = {name: reading.text(name) for name in ("ref", "device", "quantize", "batching")}
+    if not options["ref"]:
+        reading.wrong["ref"] = "Name a model: demo, a hub id, a folder or a .gguf file."
+    for name, example in (("max_batch", 16), ("context", 4096)):
+        value = reading.read(name, _whole(example))
+        if value is not None:
+            options[name] = value
+    reading.check()
+    return {name: value for name, value in options.items() if value != ""}
+
+
+def plan_options(form: Form) -> dict[str, Any]:
+    """The options of `inferkit.plan`, ``ref`` among them; errors as for `load_options`."""
+    return {name: value for name, value in load_options(form).items() if name != "batching"}
+
+
+def sampling_options(form: Form) -> dict[str, Any]:
+    """The options of `inferkit.Model.generate` that were typed.
+
+    Raises:
+        FormError: A field is no number, or out of range.
+    """
+    reading = _Reading(form)
+    options: dict[str, Any] = {}
+    for name, kind in _NUMBERS.items():
+        value = reading.read(name, _number(kind))
+        if value is not None:
+            options[name] = value
+    seed = reading.text("seed")
+    if seed.lower() in ("random", "none"):
+        options["seed"] = None
+    elif seed:
+        options["seed"] = reading.read("seed", _seed)
+    if reading.text("stop"):
+        options["stop"] = reading.read("stop", _strings)
+    if form.get("ignore_eos"):
+        options["ignore_eos"] = True
+    for name, value in options.items():  # one at a time, so that a message has its field
+        try:
+            SamplingParams.of({name: value})
+        except OptionError as error:
+            reading.wrong.setdefault(name, str(error))
+    reading.check()
+    try:
+        SamplingParams.of(options)
+    except OptionError as error:  # of several options together
+        raise FormError({"temperature": str(error)}) from None
+    return options
+
+
+def prompts(form: Form, how: str) -> list[str]:
+    """The prompts to send: "one", "copies" of it, or "lines", one for each.
+
+    Raises:
+        FormError: There is no prompt, or no sensible number of copies.
+    """
+    reading = _Reading(form)
+    text = str(form.get("prompt", "") or "")
+    if not text.strip():
+        reading.wrong["prompt"] = "Write a prompt first."
+    copies = 1
+    if how == "copies":
+        copies = reading.read("copies", _copies) or 0
+        if not copies and "copies" not in reading.wrong:
+            reading.wrong["copies"] = f"Copies: write a number from 1 to {_MOST_COPIES}."
+    reading.check()
+    if how == "lines":
+        return [line for line in text.splitlines() if line.strip()]
+    return [text] * copies
+
+
+def _whole(example: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text.replace("_", ""))
+        except ValueError:
+            raise ValueError(f"{text!r} is no whole number; write one, as {example}.") from None
+        if number < 1:
+            raise ValueError(f"{number} is too small; write 1 or more, as {example}.")
+        return number
+
+    return parse
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return kind(text.replace("_", ""))
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise ValueError(f"{text!r} is no {what}.") from None
+
+    return parse
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no whole number; write one, or “random”.") from None
+
+
+def _copies(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST_COPIES:
+        raise ValueError(f"Copies: {text!r} is no number from 1 to {_MOST_COPIES}.")
+    return int(text)
+
+
+def _strings(text: str) -> list[str]:
+    r"""Words, as a shell reads them; ``\n`` and ``\t`` stand for what they do in Python."""
+    try:
+        lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+        lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
+        words = list(lexer)
+    except ValueError:
+        raise ValueError("A quote is not closed.") from None
+    return [word.replace("\\n", "\n").replace("\\t", "\t") for word in words]

@@ -1,0 +1,123 @@
+"""The cell that repeats what was clicked in a panel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from inferkit.kv import PREFILL_CHUNK
+
+if TYPE_CHECKING:
+    from inferkit.model import Model
+
+_WIDTH = 88
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the panel sent last.
+
+    Attributes:
+        prompts: In the order of sending.
+        options: As they were typed.
+        seeds: The seeds in force, one for each prompt.
+        chat: Whether the chat template was put around them.
+    """
+
+    prompts: Sequence[str]
+    options: Mapping[str, Any]
+    seeds: Sequence[int]
+    chat: bool = False
+
+
+def code(model: Model | None, sent: Sent | None) -> str:
+    """A cell that loads the model as it is now, and sends what was sent last."""
+    lines = ["import inferkit as ik", ""]
+    if model is None:
+        return "\n".join([*lines, "ik.Panel()"])
+    lines.append(_call("model = ik.load", repr(model.ref), load_options(model)))
+    if sent is not None:
+        lines += [*(_chat(sent) if sent.chat else _generate(sent))]
+    return "\n".join(lines)
+
+
+def load_options(model: Model) -> dict[str, Any]:
+    """The options of `inferkit.load` that give this model, as it is now.
+
+    Device and dtype are written out, so that another machine gives the same or says why not.
+    """
+    identity = model._parts.identity
+    form = model.plan.format
+    options: dict[str, Any] = {
+        "device": list(model.devices) if len(model.devices) > 1 else model.device,
+        "dtype": model.dtype,
+        "quantize": model.quantization if not form.stored else "none",
+        "batching": model.batching,
+        "max_batch": model.max_batch,
+        "context": model.context,
+    }
+    if form.double_quant and not form.stored:
+        options["double_quant"] = True
+    if form.compute_dtype and not form.stored:
+        options["compute_dtype"] = form.compute_dtype
+    usual: dict[str, Any] = {
+        "max_memory": {},
+        "revision": None,
+        "trust_remote_code": False,
+        "prefix_reuse": True,
+        "prefill_chunk": PREFILL_CHUNK,
+    }
+    for name, default in usual.items():
+        value = getattr(identity, name)
+        value = dict(value) if name == "max_memory" else value
+        if value != default:
+            options[name] = value
+    return options
+
+
+def _generate(sent: Sent) -> list[str]:
+    options = dict(sent.options)
+    if "seed" in options and options["seed"] is None:
+        options["seed"] = list(sent.seeds) if len(sent.seeds) > 1 else sent.seeds[0]
+    return [_call("gens = model.generate", _prompts(sent.prompts), options), "gens"]
+
+
+def _chat(sent: Sent) -> list[str]:
+    """The panel submits conversations one after the other and waits for none."""
+    options = {name: repr(value) for name, value in sent.options.items()}
+    loop = "for prompt in prompts"
+    if "seed" in options and sent.options["seed"] is None:
+        options["seed"] = "seed"
+        loop = f"for prompt, seed in zip(prompts, {list(sent.seeds)!r})"
+    rest = "".join(f", {name}={value}" for name, value in options.items())
+    return [
+        f"prompts = {_prompts(sent.prompts, always_list=True)}",
+        "requests = [",
+        f'    model.submit_chat([{{"role": "user", "content": prompt}}]{rest})',
+        f"    {loop}",
+        "]",
+        "gens = [request.result() for request in requests]",
+        "gens",
+    ]
+
+
+def _prompts(prompts: Sequence[str], *, always_list: bool = False) -> str:
+    """One prompt, so many times one, or a list over several lines."""
+    if len(prompts) == 1 and not always_list:
+        return repr(prompts[0])
+    if len(set(prompts)) == 1 and len(prompts) > 1:
+        return f"[{prompts[0]!r}] * {len(prompts)}"
+    inside = ", ".join(map(repr, prompts))
+    if len(inside) < _WIDTH // 2:
+        return f"[{inside}]"
+    return "[\n" + "".join(f"    {prompt!r},\n" for prompt in prompts) + "]"
+
+
+def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
+    rest = [f"{key}={value!r}" for key, value in options.items()]
+    line = f"{name}({', '.join([first, *rest])})"
+    if len(line) <= _WIDTH:
+        return line
+    parts = [first.replace("\n", "\n    "), *rest]
+    return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + ")"

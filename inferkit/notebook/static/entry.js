@@ -1,0 +1,36 @@
+// What anywidget asks for: `initialize` once per widget model, `render` once per view of it.
+
+const view = (store, model, root) =>
+  typeof createPanel === "function" ? createPanel(store, model, root) : plotAlone(store, root);
+
+function plotAlone(store, root) {
+  const plot = createPlot(store, root);
+  root.append(plot.element);
+  return plot.destroy;
+}
+
+// What the saved notebook keeps, a picture and a table, is not shown beside the live view. The
+// picture is an image whose address is its source, and so has the id in it.
+function hideStill(id) {
+  const found = `img[src*="inferkit-${id}"], svg#inferkit-${id}, [data-inferkit="${id}"]`;
+  const style = h("style", {}, `.jp-OutputArea-child:has(${found}) { display: none }`);
+  document.head.append(style);
+  return () => style.remove();
+}
+
+export default () => {
+  let store;
+  return {
+    initialize({ model }) {
+      store = createStore(model);
+      return () => store.close();
+    },
+    render({ model, el }) {
+      // JupyterLab's shortcuts are for cells: "a" in a prompt makes no new one.
+      const root = h("div", { class: "inferkit-panel", "data-lm-suppress-shortcuts": "true" });
+      el.append(root);
+      const ends = [view(store, model, root), hideStill(model.get("_slot"))];
+      return () => ends.forEach((end) => end());
+    },
+  };
+};

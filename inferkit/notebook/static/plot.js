@@ -1,0 +1,487 @@
+// The live plot: the gap before each token as it comes, TTFT marks, changes of mode and rolling
+// quantiles; beneath it how many requests run and wait; and on request the scheduler's timeline.
+//
+// uPlot draws axes and lines. Dots, marks and steps are drawn on its canvas here, for there are up
+// to 20,000 of them in a table that grows ten times a second.
+
+// Okabe and Ito's colours, as in inferkit/look.py: told apart by colour-blind readers too.
+const BLUE = "#0072B2", ORANGE = "#E69F00", GREEN = "#009E73";
+const SKY = "#56B4E9", VERMILION = "#D55E00", PURPLE = "#CC79A7";
+const DOTS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION];
+
+const REDRAW = 100; // ms between two redraws, at least
+const WINDOWS = [[30, "30 s"], [300, "5 min"], [Infinity, "All"]];
+const LEFT = 58; // px for the axis, so that the plots are aligned
+const PAUSE = 0.05; // s without a step, from which on nothing was running
+
+const ms = (value) => (value >= 99.95 ? value.toFixed(0) : value.toFixed(1));
+const size = (bytes) =>
+  bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`;
+
+function clock(seconds) {
+  const whole = Math.floor(seconds / 60);
+  if (!whole) return `${+seconds.toFixed(2)} s`;
+  const rest = +(seconds - 60 * whole).toFixed(1);
+  return `${whole}:${String(rest).padStart(rest % 1 ? 4 : 2, "0")}`;
+}
+
+// The first index whose value is not less.
+function lowerBound(sorted, value) {
+  let low = 0, high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < value) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+// The index of the value nearest to this one, or -1.
+function nearest(sorted, value) {
+  const after = lowerBound(sorted, value);
+  if (after === 0 || after < sorted.length && sorted[after] - value < value - sorted[after - 1]) {
+    return after < sorted.length ? after : -1;
+  }
+  return after - 1;
+}
+
+// Running and waiting over time as a line that is zero where nothing ran.
+function occupancy(steps, made) {
+  const [times, durations, , , running, waiting] = steps;
+  if (made.from > times.length || made.source !== steps) {
+    Object.assign(made, { from: 0, end: -1, source: steps, data: [[], [], []] });
+  }
+  const [x, y1, y2] = made.data;
+  const add = (time, a, b) => (x.push(time), y1.push(a), y2.push(b));
+  // The end of the last step, at which nothing runs if no other follows, is put in anew each time.
+  if (made.from) [x, y1, y2].forEach((column) => column.pop());
+  for (let i = made.from; i < times.length; i++) {
+    if (times[i] - made.end > PAUSE) {
+      if (made.end >= 0) add(made.end, 0, 0);
+      add(Math.max(times[i] - 1e-6, made.end), 0, 0);
+    }
+    add(times[i], running[i], waiting[i]);
+    made.end = times[i] + durations[i] / 1e3;
+  }
+  if (times.length) add(made.end, 0, 0);
+  made.from = times.length;
+  return made.data;
+}
+
+function createPlot(store, root) {
+  const element = h("div", { class: "ik-plot" });
+  const figure = h("div", { role: "img", "aria-label": "Latency of each token over time" });
+  const legend = h("div", { class: "ik-legend", "aria-hidden": "true" });
+  const readout = h("div", { class: "ik-readout" });
+  const empty = h("div", { class: "ik-empty" }, "Each token appears here as it comes.");
+  const more = h("details", { class: "ik-timeline" },
+    h("summary", {}, "Scheduler timeline: steps, prefill and KV cache"));
+  const under = h("div", {});
+  more.append(under);
+  const range = segments("Time shown", WINDOWS.map(([, label]) => label), (label) => {
+    zoomed = null;
+    span = WINDOWS.find((each) => each[1] === label)[0];
+    schedule();
+  });
+  range.set(WINDOWS[0][1]);
+  element.append(h("div", { class: "ik-above" }, legend, range.element), figure, empty, readout, more);
+
+  let span = WINDOWS[0][0];
+  let zoomed = null; // [from, to] that the user has dragged
+  let drawn = 0, timer = 0, frame = 0, scheduled = false;
+  let theme = readTheme();
+  let plots = [], timeline = [];
+  const made = { from: 0, end: -1, source: null, data: [[], [], []] };
+  const sync = uPlot.sync(`inferkit-${(globalThis.__inferkit_plots = (globalThis.__inferkit_plots ?? 0) + 1)}`);
+
+  function readTheme() {
+    const style = getComputedStyle(root);
+    const pick = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
+    return {
+      ink: pick("--jp-ui-font-color1", style.color || "#555"),
+      faint: pick("--jp-ui-font-color2", "#888"),
+      grid: pick("--jp-border-color2", "rgba(128,128,128,.25)"),
+      font: `11px ${pick("--jp-ui-font-family", "system-ui, sans-serif")}`,
+    };
+  }
+
+  // -- what is in sight ---------------------------------------------------------------------
+
+  function lastTime() {
+    const ends = [store.tables.tokens[0], store.tables.firsts[0], store.tables.levels[0]];
+    const { steps } = store.tables;
+    const moments = ends.map((times) => times.at(-1) ?? 0);
+    moments.push((steps[0].at(-1) ?? 0) + (steps[1].at(-1) ?? 0) / 1e3);
+    moments.push(store.marks.at(-1)?.[0] ?? 0);
+    return Math.max(...moments);
+  }
+
+  function firstTime() {
+    const { tokens, firsts, steps } = store.tables;
+    return Math.min(...[tokens, firsts, steps].map((table) => table[0][0] ?? Infinity));
+  }
+
+  function sight() {
+    if (zoomed) return zoomed;
+    const first = firstTime();
+    if (!Number.isFinite(first)) return [0, 10];
+    const last = lastTime();
+    const from = Math.max(first, last - span);
+    return [from, Math.max(last, from + 1)];
+  }
+
+  // Most of what is in sight sets the scale: one stall must not flatten all else.
+  function highest(from, to) {
+    const [times, gaps] = store.tables.tokens;
+    const start = lowerBound(times, from), end = lowerBound(times, to + 1e-9);
+    if (end <= start) return 50;
+    const stride = Math.max(1, Math.floor((end - start) / 2_000));
+    const sample = [];
+    let most = 0;
+    for (let i = start; i < end; i += stride) sample.push(gaps[i]);
+    for (let i = start; i < end; i++) most = Math.max(most, gaps[i]);
+    sample.sort((a, b) => a - b);
+    const usual = sample[Math.floor(0.98 * (sample.length - 1))];
+    return Math.max(1, 1.15 * Math.min(most, 2 * usual));
+  }
+
+  // -- drawing ------------------------------------------------------------------------------
+
+  function inside(u, draw) {
+    const { ctx } = u;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
+    ctx.clip();
+    draw(ctx, devicePixelRatio || 1);
+    ctx.restore();
+  }
+
+  function drawDots(u) {
+    const [times, gaps, owners] = store.tables.tokens;
+    const { min, max } = u.scales.x;
+    const start = lowerBound(times, min), end = lowerBound(times, max + 1e-9);
+    const top = u.scales.y.max;
+    inside(u, (ctx, ratio) => {
+      const side = Math.max(1.6, Math.min(4, 1_200 / Math.max(1, end - start))) * ratio;
+      ctx.globalAlpha = end - start > 3_000 ? 0.6 : 0.85;
+      for (let colour = 0; colour < DOTS.length; colour++) {
+        ctx.fillStyle = DOTS[colour];
+        for (let i = start; i < end; i++) {
+          if (owners[i] % DOTS.length !== colour) continue;
+          const x = u.valToPos(times[i], "x", true);
+          if (gaps[i] <= top) {
+            ctx.fillRect(x - side / 2, u.valToPos(gaps[i], "y", true) - side / 2, side, side);
+          } else {
+            triangle(ctx, x, u.bbox.top + ratio, 5 * ratio);
+          }
+        }
+      }
+    });
+  }
+
+  function triangle(ctx, x, y, half) {
+    ctx.beginPath();
+    ctx.moveTo(x, y);
+    ctx.lineTo(x + half, y + 1.6 * half);
+    ctx.lineTo(x - half, y + 1.6 * half);
+    ctx.fill();
+  }
+
+  function drawFirsts(u) {
+    const [times, ttfts, owners] = store.tables.firsts;
+    const start = lowerBound(times, u.scales.x.min);
+    const end = lowerBound(times, u.scales.x.max + 1e-9);
+    inside(u, (ctx, ratio) => {
+      ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
+      const y = u.bbox.top + u.bbox.height - 6 * ratio, half = 5 * ratio;
+      let free = -Infinity;
+      for (let i = start; i < end; i++) {
+        const x = u.valToPos(times[i], "x", true);
+        ctx.fillStyle = DOTS[owners[i] % DOTS.length];
+        ctx.beginPath();
+        ctx.moveTo(x, y - half);
+        ctx.lineTo(x + half, y);
+        ctx.lineTo(x, y + half);
+        ctx.lineTo(x - half, y);
+        ctx.fill();
+        const text = `TTFT ${ms(ttfts[i])} ms`;
+        if (x < free) continue;
+        ctx.fillStyle = theme.ink;
+        ctx.fillText(text, x + 8 * ratio, y + 4 * ratio);
+        free = x + ctx.measureText(text).width + 24 * ratio;
+      }
+    });
+  }
+
+  function drawMarks(u, labelled) {
+    const { min, max } = u.scales.x;
+    inside(u, (ctx, ratio) => {
+      ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
+      ctx.strokeStyle = ctx.fillStyle = theme.ink;
+      ctx.lineWidth = ratio;
+      ctx.setLineDash([4 * ratio, 3 * ratio]);
+      let lane = 0, free = -Infinity;
+      for (const [time, label] of store.marks) {
+        if (time < min || time > max) continue;
+        const x = u.valToPos(time, "x", true);
+        ctx.beginPath();
+        ctx.moveTo(x, u.bbox.top);
+        ctx.lineTo(x, u.bbox.top + u.bbox.height);
+        ctx.stroke();
+        if (!labelled) continue;
+        const width = ctx.measureText(label).width;
+        lane = x < free ? lane + 1 : 0;
+        free = x + width + 8 * ratio;
+        const right = x + width + 8 * ratio < u.bbox.left + u.bbox.width;
+        ctx.fillText(label, right ? x + 4 * ratio : x - width - 4 * ratio,
+          u.bbox.top + (22 + 13 * (lane % 3)) * ratio);
+      }
+    });
+  }
+
+  function drawSteps(u) {
+    const [times, durations, prefills, decodes] = store.tables.steps;
+    const { min, max } = u.scales.x;
+    const start = Math.max(0, lowerBound(times, min) - 1), end = lowerBound(times, max + 1e-9);
+    const base = u.valToPos(0, "y", true);
+    inside(u, (ctx, ratio) => {
+      ctx.font = theme.font.replace("11px", `${10 * ratio}px`);
+      for (let i = start; i < end; i++) {
+        const left = u.valToPos(times[i], "x", true);
+        const right = u.valToPos(times[i] + durations[i] / 1e3, "x", true);
+        const top = u.valToPos(durations[i], "y", true);
+        ctx.fillStyle = prefills[i] ? ORANGE : BLUE;
+        ctx.globalAlpha = 0.8;
+        ctx.fillRect(left, top, Math.max(ratio, right - left - ratio / 2), base - top);
+        const text = `${prefills[i]}+${decodes[i]}`;
+        if (right - left > ctx.measureText(text).width + 4 * ratio) {
+          ctx.globalAlpha = 1;
+          ctx.fillStyle = theme.ink;
+          ctx.fillText(text, left + 2 * ratio, Math.max(top - 3 * ratio, u.bbox.top + 10 * ratio));
+        }
+      }
+    });
+  }
+
+  // -- the plots ----------------------------------------------------------------------------
+
+  function axis(label, more = {}) {
+    return {
+      label,
+      labelSize: 14,
+      labelFont: theme.font,
+      labelGap: 0,
+      font: theme.font,
+      size: LEFT - 14,
+      stroke: () => theme.ink,
+      grid: { stroke: () => theme.grid, width: 1 },
+      ticks: { show: false },
+      ...more,
+    };
+  }
+
+  function timeAxis(shown) {
+    return axis(undefined, {
+      size: shown ? 24 : 6,
+      values: (_, splits) => splits.map((each) => (shown ? clock(each) : "")),
+      space: 70,
+    });
+  }
+
+  const whole = (_, splits) => splits.map((each) => (each % 1 ? "" : String(each)));
+
+  function plot({ height, series, axes, scale, hooks, bottom }) {
+    const made = new uPlot({
+      width: Math.max(200, element.clientWidth || 600),
+      height,
+      padding: [6, 10, 0, 0],
+      legend: { show: false },
+      cursor: {
+        drag: { x: true, y: false, setScale: false, dist: 5 },
+        sync: { key: sync.key, scales: ["x", null], setSeries: false },
+        points: { show: false },
+        y: false,
+        bind: { dblclick: () => () => ((zoomed = null), schedule(), null) },
+      },
+      scales: { x: { time: false, range: sight }, y: { range: scale } },
+      series: [{}, ...series],
+      axes: [timeAxis(bottom), ...axes],
+      hooks: {
+        ...hooks,
+        setCursor: [tellCursor],
+        setSelect: [(u) => {
+          if (u.select.width < 5) return;
+          const [from, to] = [u.select.left, u.select.left + u.select.width];
+          zoomed = [u.posToVal(from, "x"), u.posToVal(to, "x")];
+          u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+          schedule();
+        }],
+      },
+    }, [[], ...series.map(() => [])]);
+    sync.sub(made);
+    return made;
+  }
+
+  const line = (stroke, more = {}) => ({ stroke, width: 2, points: { show: false }, ...more });
+  const stepped = uPlot.paths.stepped({ align: 1 });
+
+  function build() {
+    const latency = plot({
+      height: 210,
+      series: [line(() => theme.ink), line(VERMILION, { dash: [6, 3] })],
+      axes: [axis("ITL, ms")],
+      scale: () => [0, highest(...sight())],
+      hooks: {
+        drawAxes: [drawDots],
+        draw: [(u) => drawMarks(u, true), drawFirsts],
+      },
+    });
+    const load = plot({
+      height: 92,
+      series: [
+        line(BLUE, { paths: stepped, fill: "rgba(0,114,178,.18)" }),
+        line(ORANGE, { paths: stepped, dash: [5, 3] }),
+      ],
+      axes: [axis("requests", { values: whole, space: 22, incrs: [1, 2, 4, 8, 16, 32, 64, 128, 256] })],
+      scale: (_, low, high) => [0, Math.max(1, high ?? 1) * 1.1],
+      hooks: { draw: [(u) => drawMarks(u, false)] },
+      bottom: true,
+    });
+    plots = [latency, load];
+    figure.replaceChildren(latency.root, load.root);
+  }
+
+  function buildTimeline() {
+    const steps = plot({
+      height: 130,
+      series: [line("transparent")],
+      axes: [axis("step, ms")],
+      scale: (_, low, high) => [0, Math.max(1, high ?? 1) * 1.15],
+      hooks: { drawAxes: [drawSteps], draw: [(u) => drawMarks(u, false)] },
+    });
+    const kv = plot({
+      height: 92,
+      series: [line(GREEN, { paths: stepped, fill: "rgba(0,158,115,.18)" })],
+      axes: [axis("KV, MiB", { space: 22 })],
+      scale: (_, low, high) => [0, Math.max(0.1, high ?? 0.1) * 1.1],
+      hooks: {},
+      bottom: true,
+    });
+    timeline = [steps, kv];
+    under.replaceChildren(
+      h("div", { class: "ik-legend" },
+        swatch(BLUE, "decode only"), swatch(ORANGE, "with prefill"),
+        h("span", { class: "ik-faint" }, "prompt + output tokens in each step"), (under.kv = h("span", {}))),
+      steps.root, kv.root);
+  }
+
+  function swatch(colour, ...text) {
+    return h("span", {}, h("i", { style: `background:${colour}` }), ...text);
+  }
+
+  // -- what the cursor is at ----------------------------------------------------------------
+
+  function tellCursor(u) {
+    const { left } = u.cursor;
+    if (left === null || left < 0) {
+      readout.textContent = "";
+      return;
+    }
+    const time = u.posToVal(left, "x");
+    const { tokens, steps } = store.tables;
+    const parts = [];
+    const token = nearest(tokens[0], time);
+    const reach = (u.scales.x.max - u.scales.x.min) / 50;
+    if (token >= 0 && Math.abs(tokens[0][token] - time) < reach) {
+      parts.push(`${clock(tokens[0][token])}: request ${tokens[2][token]}, ITL ${ms(tokens[1][token])} ms`);
+    }
+    const at = lowerBound(steps[0], time + 1e-9) - 1;
+    if (at >= 0 && time <= steps[0][at] + steps[1][at] / 1e3 + reach) {
+      const [, duration, prefill, decode, running, waiting, kv] = steps.map((column) => column[at]);
+      parts.push(`step of ${ms(duration)} ms: ${prefill} prompt + ${decode} output tokens, `
+        + `${running} running, ${waiting} waiting, KV ${size(kv)}`);
+    }
+    readout.textContent = parts.join(" · ");
+  }
+
+  function tellLegend() {
+    const now = store.now ?? {};
+    const level = (value) => (value == null ? "" : ` ${ms(value)} ms`);
+    legend.replaceChildren(
+      h("span", {}, h("i", { class: "ik-dot" }), "ITL"),
+      h("span", {}, h("i", { class: "ik-line" }), `p50${level(now.p50)}`),
+      h("span", {}, h("i", { class: "ik-line ik-dashed" }), `p99${level(now.p99)}`),
+      h("span", {}, h("i", { class: "ik-diamond" }), "TTFT"),
+      swatch(BLUE, "running"),
+      swatch(ORANGE, "waiting"));
+  }
+
+  // -- when ---------------------------------------------------------------------------------
+
+  function redraw() {
+    scheduled = false;
+    if (!element.isConnected) return;
+    drawn = performance.now();
+    const { levels, steps } = store.tables;
+    const some = steps[0].length > 0 || store.tables.firsts[0].length > 0;
+    empty.hidden = some;
+    figure.hidden = readout.hidden = !some;
+    tellLegend();
+    if (!some) return;
+    if (!plots.length) build();
+    plots[0].setData([levels[0], levels[1], levels[2]]);
+    plots[1].setData(occupancy(steps, made));
+    if (more.open) {
+      if (!timeline.length) buildTimeline();
+      timeline[0].setData([steps[0], steps[1]]);
+      timeline[1].setData([steps[0], steps[6].map((bytes) => bytes / 2 ** 20)]);
+      under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
+    }
+    store.painted?.(drawn);
+  }
+
+  function schedule() {
+    if (scheduled || document.hidden) return;
+    scheduled = true;
+    const wait = Math.max(0, drawn + REDRAW - performance.now());
+    timer = setTimeout(() => (frame = requestAnimationFrame(redraw)), wait);
+  }
+
+  function resize() {
+    const width = element.clientWidth;
+    if (width < 50) return;
+    for (const each of [...plots, ...timeline]) {
+      if (each.width !== width) each.setSize({ width, height: each.height });
+    }
+    schedule();
+  }
+
+  function recolour() {
+    theme = readTheme();
+    [...plots, ...timeline].forEach((each) => each.redraw(false, true));
+    tellLegend();
+  }
+
+  const watcher = new ResizeObserver(resize);
+  watcher.observe(element);
+  const themes = new MutationObserver(recolour);
+  themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "class", "data-vscode-theme-kind"] });
+  more.addEventListener("toggle", schedule);
+  const deaf = store.listen((what) => what === "update" && schedule());
+  redraw();
+  schedule();
+
+  return {
+    element,
+    describe: (text) => figure.setAttribute("aria-label", text),
+    destroy() {
+      deaf();
+      clearTimeout(timer);
+      cancelAnimationFrame(frame);
+      watcher.disconnect();
+      themes.disconnect();
+      [...plots, ...timeline].forEach((each) => (sync.unsub(each), each.destroy()));
+    },
+  };
+}
