@@ -145,6 +145,16 @@ class Update:
     def __bool__(self) -> bool:
         return bool(self.marks or self.requests or any(map(len, self.tables.values())))
 
+    def add(self, later: Update) -> None:
+        """Become the update that tells what this one and a later one tell."""
+        for name, rows in later.tables.items():
+            former = self.tables.get(name)
+            joined = former is not None and name not in later.reset
+            self.tables[name] = np.concatenate([former, rows]) if joined else rows
+        self.reset += [name for name in later.reset if name not in self.reset]
+        self.marks += later.marks
+        self.requests += later.requests
+
 
 class Feed:
     """Reads the requests and steps of a model. Its methods may be called from any thread.
@@ -175,6 +185,7 @@ class Feed:
         self._count = 0
         self._origin = threading.local()
         self._step_seen = self.epoch
+        self._peeked = Update()
         self._facts: dict[str, Any] = {}
 
     def attach(self, model: Model | None) -> None:
@@ -204,34 +215,24 @@ class Feed:
     # -- reading --------------------------------------------------------------------------------
 
     def poll(self) -> Update:
-        """Read what is new."""
+        """Read what is new since the last poll or snapshot."""
         with self._lock:
-            update = Update()
-            # What comes meanwhile waits for the next time, or requests that are read later in this
-            # loop would be ahead of the others, and rows out of order.
-            until = time.perf_counter_ns()
-            self._begin_requests()
-            rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
-            for watched in list(self._live):
-                self._read(watched, until, rows, update)
-            steps = [self._step_row(s) for s in self._new_steps()]
-            levels = self._levels(rows["tokens"])
-            for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
-                if new:
-                    self._add(name, sorted(new), update)
-            self._mark_changes(update)
+            update, self._peeked = self._peeked, Update()
+            update.add(self._read_new())
             return update
 
     def snapshot(self) -> Update:
-        """All that is kept, for a view that knows nothing yet."""
+        """All that is kept, for a view that knows nothing yet; the next poll goes on from here."""
         with self._lock:
-            self.poll()
-            return Update(
-                tables={name: table.rows.copy() for name, table in self.tables.items()},
-                reset=list(self.tables),
-                marks=list(self.marks),
-                requests=[self._told(w) for w in (*self._ended, *self._live)],
-            )
+            self._read_new()
+            self._peeked = Update()
+            return self._whole()
+
+    def peek(self) -> Update:
+        """All that is kept, for others than who polls, from whom it takes nothing."""
+        with self._lock:
+            self._peeked.add(self._read_new())
+            return self._whole()
 
     @property
     def live(self) -> list[Request]:
@@ -315,6 +316,31 @@ class Feed:
             self._engine.on_submit.remove(self._submitted)
 
     # -- within ---------------------------------------------------------------------------------
+
+    def _read_new(self) -> Update:
+        update = Update()
+        # What comes meanwhile waits for the next time, or requests that are read later in this
+        # loop would be ahead of the others, and rows out of order.
+        until = time.perf_counter_ns()
+        self._begin_requests()
+        rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
+        for watched in list(self._live):
+            self._read(watched, until, rows, update)
+        steps = [self._step_row(s) for s in self._new_steps()]
+        levels = self._levels(rows["tokens"])
+        for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
+            if new:
+                self._add(name, sorted(new), update)
+        self._mark_changes(update)
+        return update
+
+    def _whole(self) -> Update:
+        return Update(
+            tables={name: table.rows.copy() for name, table in self.tables.items()},
+            reset=list(self.tables),
+            marks=list(self.marks),
+            requests=[self._told(w) for w in (*self._ended, *self._live)],
+        )
 
     def _submitted(self, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""

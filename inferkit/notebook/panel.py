@@ -255,11 +255,12 @@ class Panel(LivePlot):
         self._planned = asked
 
     def _named_model(self, typed: dict[str, Any]) -> Model | None:
-        """The model that is shown, if the form names it."""
+        """The model that is shown, if the form names it and where it is."""
         model = self._feed.model
         if model is None or not model.loaded:
             return None
-        return model if str(typed.get("ref", "")).strip() in (model.ref, model.name) else None
+        named = str(typed.get("ref", "")).strip() in (model.ref, model.name)
+        return model if named and typed.get("device") in ("auto", model.device) else None
 
     # -- what was clicked -----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def code(model: Model | None, sent: Sent | None) -> str:
     lines = ["import inferkit as ik", ""]
     if model is None:
         return "\n".join([*lines, "ik.Panel()"])
-    lines.append(_call("model = ik.load", repr(model.ref), load_options(model)))
+    lines.append(_call("model = ik.load", _written(model.ref), load_options(model)))
     if sent is not None:
         lines += [*(_chat(sent) if sent.chat else _generate(sent))]
     return "\n".join(lines)
@@ -85,7 +86,7 @@ def _generate(sent: Sent) -> list[str]:
 
 def _chat(sent: Sent) -> list[str]:
     """The panel submits conversations one after the other and waits for none."""
-    options = {name: repr(value) for name, value in sent.options.items()}
+    options = {name: _written(value) for name, value in sent.options.items()}
     loop = "for prompt in prompts"
     if "seed" in options and sent.options["seed"] is None:
         options["seed"] = "seed"
@@ -105,19 +106,34 @@ def _chat(sent: Sent) -> list[str]:
 def _prompts(prompts: Sequence[str], *, always_list: bool = False) -> str:
     """One prompt, so many times one, or a list over several lines."""
     if len(prompts) == 1 and not always_list:
-        return repr(prompts[0])
+        return _written(prompts[0])
     if len(set(prompts)) == 1 and len(prompts) > 1:
-        return f"[{prompts[0]!r}] * {len(prompts)}"
-    inside = ", ".join(map(repr, prompts))
+        return f"[{_written(prompts[0])}] * {len(prompts)}"
+    inside = ", ".join(map(_written, prompts))
     if len(inside) < _WIDTH // 2:
         return f"[{inside}]"
-    return "[\n" + "".join(f"    {prompt!r},\n" for prompt in prompts) + "]"
+    return "[\n" + "".join(f"    {_written(prompt)},\n" for prompt in prompts) + "]"
 
 
 def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
-    rest = [f"{key}={value!r}" for key, value in options.items()]
-    line = f"{name}({', '.join([first, *rest])})"
-    if len(line) <= _WIDTH:
-        return line
-    parts = [first.replace("\n", "\n    "), *rest]
+    """A call, broken where a formatter would break it."""
+    arguments = [first, *(f"{key}={_written(value)}" for key, value in options.items())]
+    line = ", ".join(arguments)
+    if len(name) + len(line) + 2 <= _WIDTH:
+        return f"{name}({line})"
+    if len(line) + 4 <= _WIDTH and "\n" not in line:
+        return f"{name}(\n    {line}\n)"
+    parts = (argument.replace("\n", "\n    ") for argument in arguments)
     return f"{name}(\n" + "".join(f"    {part},\n" for part in parts) + ")"
+
+
+def _written(value: Any) -> str:
+    """A value as code; what JSON writes of a string is what Python reads, in double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_written, value))
+        return f"[{inside}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_written(k)}: {_written(v)}" for k, v in value.items()) + "}"
+    return repr(value)

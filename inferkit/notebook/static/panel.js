@@ -144,6 +144,7 @@ function createPanel(store, model, root) {
     plan.className = "ik-plan" + (told && told.fits === false ? " ik-no" : "");
     plan.textContent = told ? told.text : "";
     plan.hidden = !told;
+    load.classList.toggle("ik-main", Boolean(told) || !store.parts.model);
   }
 
   function drawWork({ work: told }) {

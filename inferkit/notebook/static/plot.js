@@ -12,7 +12,12 @@ const DOTS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION];
 const REDRAW = 100; // ms between two redraws, at least
 const WINDOWS = [[30, "30 s"], [300, "5 min"], [Infinity, "All"]];
 const LEFT = 58; // px for the axis, so that the plots are aligned
+const BREAK = 1; // s without a token, over which no line is drawn
 const PAUSE = 0.05; // s without a step, from which on nothing was running
+
+const RUNNING = 4, WAITING = 5, KV = 6; // columns of the steps
+const MIB = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+  .map((each) => each * 2 ** 20);
 
 const ms = (value) => (value >= 99.95 ? value.toFixed(0) : value.toFixed(1));
 const size = (bytes) =>
@@ -45,25 +50,47 @@ function nearest(sorted, value) {
   return after - 1;
 }
 
-// Running and waiting over time as a line that is zero where nothing ran.
-function occupancy(steps, made) {
-  const [times, durations, , , running, waiting] = steps;
-  if (made.from > times.length || made.source !== steps) {
-    Object.assign(made, { from: 0, end: -1, source: steps, data: [[], [], []] });
+// The rolling quantiles, with a break where no token came for a while.
+function broken(levels, made) {
+  if (made.from > levels[0].length || made.source !== levels) {
+    Object.assign(made, { from: 0, source: levels, data: [[], [], []] });
   }
-  const [x, y1, y2] = made.data;
-  const add = (time, a, b) => (x.push(time), y1.push(a), y2.push(b));
-  // The end of the last step, at which nothing runs if no other follows, is put in anew each time.
-  if (made.from) [x, y1, y2].forEach((column) => column.pop());
+  const [x, p50, p99] = made.data;
+  for (let i = made.from; i < levels[0].length; i++) {
+    if (i && levels[0][i] - levels[0][i - 1] > BREAK) {
+      x.push(levels[0][i] - 1e-6);
+      p50.push(null);
+      p99.push(null);
+    }
+    x.push(levels[0][i]);
+    p50.push(levels[1][i]);
+    p99.push(levels[2][i]);
+  }
+  made.from = levels[0].length;
+  return made.data;
+}
+
+// Columns of the steps over time, as lines that are zero where nothing ran.
+function stepwise(steps, picked, made) {
+  const [times, durations] = steps;
+  if (made.from > times.length || made.source !== steps) {
+    const data = [[], ...picked.map(() => [])];
+    Object.assign(made, { from: 0, end: -1, source: steps, data });
+  }
+  const [x, ...lines] = made.data;
+  const add = (time, value) => (x.push(time), lines.forEach((line, c) => line.push(value(picked[c]))));
+  const nothing = () => 0;
+  // At the end of the last step nothing runs, if no other follows: put in anew each time.
+  if (made.from) made.data.forEach((column) => column.pop());
   for (let i = made.from; i < times.length; i++) {
     if (times[i] - made.end > PAUSE) {
-      if (made.end >= 0) add(made.end, 0, 0);
-      add(Math.max(times[i] - 1e-6, made.end), 0, 0);
+      if (made.end >= 0) add(made.end, nothing);
+      add(Math.max(times[i] - 1e-6, made.end), nothing);
     }
-    add(times[i], running[i], waiting[i]);
+    add(times[i], (column) => steps[column][i]);
     made.end = times[i] + durations[i] / 1e3;
   }
-  if (times.length) add(made.end, 0, 0);
+  if (times.length) add(made.end, nothing);
   made.from = times.length;
   return made.data;
 }
@@ -91,7 +118,7 @@ function createPlot(store, root) {
   let drawn = 0, timer = 0, frame = 0, scheduled = false;
   let theme = readTheme();
   let plots = [], timeline = [];
-  const made = { from: 0, end: -1, source: null, data: [[], [], []] };
+  const levels = {}, load = {}, kept = {}; // what the plots are given, which grows
   const sync = uPlot.sync(`inferkit-${(globalThis.__inferkit_plots = (globalThis.__inferkit_plots ?? 0) + 1)}`);
 
   function readTheme() {
@@ -153,6 +180,8 @@ function createPlot(store, root) {
     ctx.beginPath();
     ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
     ctx.clip();
+    ctx.textAlign = "left";
+    ctx.textBaseline = "alphabetic";
     draw(ctx, devicePixelRatio || 1);
     ctx.restore();
   }
@@ -163,7 +192,7 @@ function createPlot(store, root) {
     const start = lowerBound(times, min), end = lowerBound(times, max + 1e-9);
     const top = u.scales.y.max;
     inside(u, (ctx, ratio) => {
-      const side = Math.max(1.6, Math.min(4, 1_200 / Math.max(1, end - start))) * ratio;
+      const side = Math.max(2, Math.min(4.5, 2_000 / Math.max(1, end - start))) * ratio;
       ctx.globalAlpha = end - start > 3_000 ? 0.6 : 0.85;
       for (let colour = 0; colour < DOTS.length; colour++) {
         ctx.fillStyle = DOTS[colour];
@@ -195,22 +224,23 @@ function createPlot(store, root) {
     inside(u, (ctx, ratio) => {
       ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
       const y = u.bbox.top + u.bbox.height - 6 * ratio, half = 5 * ratio;
-      let free = -Infinity;
-      for (let i = start; i < end; i++) {
-        const x = u.valToPos(times[i], "x", true);
-        ctx.fillStyle = DOTS[owners[i] % DOTS.length];
+      const right = u.bbox.left + u.bbox.width;
+      const places = times.slice(start, end).map((time) => u.valToPos(time, "x", true));
+      places.forEach((x, i) => {
+        ctx.fillStyle = DOTS[owners[start + i] % DOTS.length];
         ctx.beginPath();
         ctx.moveTo(x, y - half);
         ctx.lineTo(x + half, y);
         ctx.lineTo(x, y + half);
         ctx.lineTo(x - half, y);
         ctx.fill();
-        const text = `TTFT ${ms(ttfts[i])} ms`;
-        if (x < free) continue;
+        // Those that come at one moment are told of once, where there is room.
+        const text = `TTFT ${ms(ttfts[start + i])} ms`;
+        const room = (places[i + 1] ?? right) - x - 2 * half;
+        if (room < ctx.measureText(text).width + 4 * ratio) return;
         ctx.fillStyle = theme.ink;
-        ctx.fillText(text, x + 8 * ratio, y + 4 * ratio);
-        free = x + ctx.measureText(text).width + 24 * ratio;
-      }
+        ctx.fillText(text, x + half + 4 * ratio, y + 4 * ratio);
+      });
     });
   }
 
@@ -289,6 +319,7 @@ function createPlot(store, root) {
     });
   }
 
+  const mebibytes = (_, splits) => splits.map((each) => String(+(each / 2 ** 20).toFixed(2)));
   const whole = (_, splits) => splits.map((each) => (each % 1 ? "" : String(each)));
 
   function plot({ height, series, axes, scale, hooks, bottom }) {
@@ -337,7 +368,7 @@ function createPlot(store, root) {
         draw: [(u) => drawMarks(u, true), drawFirsts],
       },
     });
-    const load = plot({
+    const requests = plot({
       height: 92,
       series: [
         line(BLUE, { paths: stepped, fill: "rgba(0,114,178,.18)" }),
@@ -348,8 +379,8 @@ function createPlot(store, root) {
       hooks: { draw: [(u) => drawMarks(u, false)] },
       bottom: true,
     });
-    plots = [latency, load];
-    figure.replaceChildren(latency.root, load.root);
+    plots = [latency, requests];
+    figure.replaceChildren(latency.root, requests.root);
   }
 
   function buildTimeline() {
@@ -363,8 +394,8 @@ function createPlot(store, root) {
     const kv = plot({
       height: 92,
       series: [line(GREEN, { paths: stepped, fill: "rgba(0,158,115,.18)" })],
-      axes: [axis("KV, MiB", { space: 22 })],
-      scale: (_, low, high) => [0, Math.max(0.1, high ?? 0.1) * 1.1],
+      axes: [axis("KV, MiB", { space: 22, incrs: MIB, values: mebibytes })],
+      scale: (_, low, high) => [0, Math.max(2 ** 16, high ?? 0) * 1.1],
       hooks: {},
       bottom: true,
     });
@@ -423,19 +454,19 @@ function createPlot(store, root) {
     scheduled = false;
     if (!element.isConnected) return;
     drawn = performance.now();
-    const { levels, steps } = store.tables;
+    const { steps } = store.tables;
     const some = steps[0].length > 0 || store.tables.firsts[0].length > 0;
     empty.hidden = some;
     figure.hidden = readout.hidden = !some;
     tellLegend();
     if (!some) return;
     if (!plots.length) build();
-    plots[0].setData([levels[0], levels[1], levels[2]]);
-    plots[1].setData(occupancy(steps, made));
+    plots[0].setData(broken(store.tables.levels, levels));
+    plots[1].setData(stepwise(steps, [RUNNING, WAITING], load));
     if (more.open) {
       if (!timeline.length) buildTimeline();
       timeline[0].setData([steps[0], steps[1]]);
-      timeline[1].setData([steps[0], steps[6].map((bytes) => bytes / 2 ** 20)]);
+      timeline[1].setData(stepwise(steps, [KV], kept));
       under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
     }
     store.painted?.(drawn);
