@@ -42,7 +42,7 @@ def figure(feed: Feed) -> go.Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    update = feed.snapshot()
+    update = feed.peek()
     tokens, firsts = update.tables["tokens"], update.tables["firsts"]
     levels, steps = update.tables["levels"], update.tables["steps"]
     made = make_subplots(
@@ -101,7 +101,7 @@ def still(feed: Feed, name: str) -> tuple[str, str, str]:
         feed: What to show.
         name: In the picture's id, by which the live view finds and hides it.
     """
-    update = feed.snapshot()
+    update = feed.peek()
     rows = [_row(told) for told in update.requests[-_ROWS:]]
     more = len(update.requests) - len(rows)
     note = _NOTE + (f"; {more} earlier requests are not listed" if more else "")
