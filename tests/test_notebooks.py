@@ -18,8 +18,10 @@ from nbformat.v4 import new_code_cell, new_notebook
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "notebooks" / "01-quickstart.ipynb"
 QUANTIZATION = ROOT / "notebooks" / "02-quantization.ipynb"
+PANEL = ROOT / "notebooks" / "03-panel.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
+SVG = "image/svg+xml"
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/\S+")
 
 
@@ -173,6 +175,24 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
         assert len(re.findall(rf"^●? +{mode} +[14] ", table, re.MULTILINE)) == 2
     # Whatever the speed, none is the most faithful of all.
     assert len(re.findall(r"^● +none ", table, re.MULTILINE)) == 2
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_panel_notebook_keeps_what_the_panel_showed_last(
+    demo_model_path: Path, tmp_path: Path
+) -> None:
+    fresh = run(PANEL, tmp_path)
+    assert fresh.status == 0, fresh.stderr
+    assert_like_its_committed_copy(fresh)
+    picture, table = cell_with(fresh.notebook, "ik.Panel()").outputs
+    for seen in ("ITL, ms", "max batch 4", "nf4"):
+        assert seen in picture.data[SVG]
+    assert len(re.findall(r"^ ?\d+ .* length ", table.data["text/plain"], re.MULTILINE)) == 20
+    figure = next(o.data[PLOTLY] for o in outputs(fresh.notebook) if PLOTLY in o.get("data", {}))
+    itl = next(trace for trace in figure["data"] if trace["name"] == "ITL")
+    assert len(itl["y"]) == 36 * 47  # three runs of twelve requests with 48 tokens each
 
 
 def assert_like_its_committed_copy(fresh: Run) -> None:

@@ -235,6 +235,13 @@ class Feed:
             return self._whole()
 
     @property
+    def count(self) -> int:
+        """How many requests it has heard of."""
+        with self._lock:
+            self._begin_requests()
+            return self._count
+
+    @property
     def live(self) -> list[Request]:
         """The requests that have not ended."""
         with self._lock:

@@ -141,8 +141,8 @@ def sampling_options(form: Form) -> dict[str, Any]:
     reading.check()
     try:
         SamplingParams.of(options)
-    except OptionError as error:  # of several options together
-        raise FormError({"temperature": str(error)}) from None
+    except OptionError as error:  # of two options together: no token is left to draw from
+        raise FormError({"top_p": str(error)}) from None
     return options
 
 
@@ -172,7 +172,8 @@ def _whole(example: int) -> Callable[[str], int]:
         try:
             number = int(text.replace("_", ""))
         except ValueError:
-            raise ValueError(f"{text!r} is no whole number; write one, as {example}.") from None
+            wrong = f"{_shown(text)} is no whole number; write one, as {example}."
+            raise ValueError(wrong) from None
         if number < 1:
             raise ValueError(f"{number} is too small; write 1 or more, as {example}.")
         return number
@@ -186,7 +187,7 @@ def _number(kind: type) -> Callable[[str], Any]:
             return kind(text.replace("_", ""))
         except ValueError:
             what = "whole number" if kind is int else "number"
-            raise ValueError(f"{text!r} is no {what}.") from None
+            raise ValueError(f"{_shown(text)} is no {what}.") from None
 
     return parse
 
@@ -195,13 +196,20 @@ def _seed(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no whole number; write one, or “random”.") from None
+        wrong = f"{_shown(text)} is no whole number; write one, or “random”."
+        raise ValueError(wrong) from None
 
 
 def _copies(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= _MOST_COPIES:
-        raise ValueError(f"Copies: {text!r} is no number from 1 to {_MOST_COPIES}.")
+    # Python reads no number of thousands of digits.
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= _MOST_COPIES:
+        raise ValueError(f"Copies: {_shown(text)} is no number from 1 to {_MOST_COPIES}.")
     return int(text)
+
+
+def _shown(text: str) -> str:
+    """What was typed, for a message: somebody may have pasted a page."""
+    return repr(text if len(text) <= 40 else f"{text[:39]}…")
 
 
 def _strings(text: str) -> list[str]:

@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -71,6 +72,7 @@ class LivePlot(anywidget.AnyWidget):
         self._beat_at = 0.0
         self._greeted = True  # whether the last hello has been answered
         self._was_busy = False
+        self._still_of = (0, 0, 0)
         if model is not None:
             self._feed.attach(model)
         self.on_msg(self._receive)
@@ -100,6 +102,7 @@ class LivePlot(anywidget.AnyWidget):
         self._ended.set()
         self._wake.set()
         self._feed.close()
+        _at_cell_ends(self._update_still, False)
         super().close()
 
     # -- showing --------------------------------------------------------------------------------
@@ -111,6 +114,7 @@ class LivePlot(anywidget.AnyWidget):
         _display(data | self._fallback(), metadata=metadata)
         for slot, bundle in self._still().items():
             _display(bundle, display_id=slot)
+        _at_cell_ends(self._update_still)
         self._start()
 
     def _fallback(self) -> Bundle:
@@ -199,9 +203,17 @@ class LivePlot(anywidget.AnyWidget):
         if self._context is not None:
             self._in_its_cell(self._update_still)
 
-    def _update_still(self) -> None:
-        for slot, bundle in self._still().items():
-            _display(bundle, display_id=slot, update=True)
+    def _update_still(self, *_: Any) -> None:
+        """Update it where something has happened since the last time.
+
+        Called at the end of a run; and of a cell too, for who executes a notebook without a
+        browser (nbclient) takes no outputs between cells.
+        """
+        happened = (self._feed.count, len(self._feed.live), len(self._feed.marks))
+        if happened != self._still_of:
+            self._still_of = happened
+            for slot, bundle in self._still().items():
+                _display(bundle, display_id=slot, update=True)
 
     def _failed(self, error: BaseException) -> None:
         raise error
@@ -245,6 +257,19 @@ def _answer_on_the_way_it_came(comm: Any) -> None:
     """
     if hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda data, default: default
+
+
+def _at_cell_ends(work: Callable[..., None], wanted: bool = True) -> None:
+    """Call it after each cell that is run, once; or no more."""
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        return
+    with suppress(ValueError):  # it was not registered
+        shell.events.unregister("post_run_cell", work)
+    if wanted:
+        shell.events.register("post_run_cell", work)
 
 
 def _display(bundle: Bundle, **options: Any) -> None:

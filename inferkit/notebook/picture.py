@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from inferkit.notebook.feed import Feed
 
 _PAUSE = 0.05  # s without a step, from which on nothing was running
-_PRECISION = 4  # significant digits of what a figure keeps
+_BREAK = 1.0  # s without a token
+_PRECISION = 4  # digits after the point of the times that a figure keeps
 
 _DOTS = 2_000  # in the picture
+_CORNERS = 1_000  # of each line of it that has steps
 _ROWS = 20  # of the table beneath it
 _LABELS = 8  # TTFTs that are written out
 _WIDTH, _HEIGHT = 860, 330
@@ -44,12 +46,12 @@ def figure(feed: Feed) -> go.Figure:
 
     update = feed.peek()
     tokens, firsts = update.tables["tokens"], update.tables["firsts"]
-    levels, steps = update.tables["levels"], update.tables["steps"]
+    levels, steps = _broken(update.tables["levels"]), update.tables["steps"]
     made = make_subplots(
         rows=2, cols=1, shared_xaxes=True, row_heights=[0.72, 0.28], vertical_spacing=0.06
     )
     dots = {
-        "x": _short(tokens[:, 0]),
+        "x": _moments(tokens[:, 0]),
         "y": _short(tokens[:, 1]),
         "name": "ITL",
         "customdata": tokens[:, 2].astype(int),
@@ -58,7 +60,7 @@ def figure(feed: Feed) -> go.Figure:
     }
     made.add_trace(go.Scatter(mode="markers", **dots), row=1, col=1)
     marks = {
-        "x": _short(firsts[:, 0]),
+        "x": _moments(firsts[:, 0]),
         "y": _short(firsts[:, 1]),
         "name": "TTFT",
         "customdata": firsts[:, 2].astype(int),
@@ -69,14 +71,16 @@ def figure(feed: Feed) -> go.Figure:
     made.add_trace(go.Scatter(mode="markers", **marks), row=1, col=1)
     for column, name, colour, dash in ((1, "p50", _INK, "solid"), (2, "p99", VERMILION, "dash")):
         line = {"color": colour, "width": 2, "dash": dash}
-        rolling = {"x": _short(levels[:, 0]), "y": _short(levels[:, column]), "line": line}
+        rolling = {"x": _moments(levels[:, 0]), "y": _short(levels[:, column]), "line": line}
         name = f"{name} of the last 10 s"
         made.add_trace(go.Scatter(mode="lines", name=name, **rolling), row=1, col=1)
     times, running, waiting = occupancy(steps)
     for name, values, colour in (("running", running, BLUE), ("waiting", waiting, ORANGE)):
         line = {"color": colour, "width": 2, "shape": "hv"}
         made.add_trace(
-            go.Scatter(x=_short(times), y=values, mode="lines", name=name, line=line), row=2, col=1
+            go.Scatter(x=_moments(times), y=values, mode="lines", name=name, line=line),
+            row=2,
+            col=1,
         )
     for moment, label in update.marks:
         made.add_vline(x=moment, line={"color": _INK, "width": 1, "dash": "dot"}, row="all")
@@ -157,9 +161,9 @@ class _Panel:
         points = " ".join(f"{self.across(t):.1f},{self.up(v):.1f}" for t, v in zip(times, values))
         return f'<polyline points="{points}" fill="none" {stroke}/>' if points else ""
 
-    def grid(self, label: str) -> str:
+    def grid(self, label: str, least: float = 0.0) -> str:
         parts = []
-        for value in _ticks(self.top):
+        for value in _ticks(self.top, least=least):
             y = self.up(value)
             parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="{_GRID}"/>')
             parts.append(_text(_LEFT - 6, y + 4, f"{value:g}", "end"))
@@ -185,15 +189,15 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
     times, running, waiting = occupancy(steps)
     most = max(1.0, *running, *waiting) if len(times) else 1.0
     load = _Panel(span, 1.1 * most, _HEIGHT - _BOTTOM - _LOWER, _LOWER)
-    parts = [head.format(height=_HEIGHT), gaps.grid("ITL, ms"), load.grid("requests")]
+    parts = [head.format(height=_HEIGHT), gaps.grid("ITL, ms"), load.grid("requests", least=1)]
     parts.append(_time_axis(gaps))
     parts += _dots(gaps, tokens)
-    for column, look in (
-        (1, f'stroke="{_INK}"'),
-        (2, f'stroke="{VERMILION}" stroke-dasharray="6 3"'),
-    ):
-        levels = tables["levels"][_spread(len(tables["levels"]), _DOTS)]
-        parts.append(gaps.line(levels[:, 0], levels[:, column], f'{look} stroke-width="2"'))
+    levels = _broken(tables["levels"][_spread(len(tables["levels"]), _DOTS)])
+    for part in np.split(levels, np.flatnonzero(np.isnan(levels[:, 1]))):
+        drawn = part[~np.isnan(part[:, 1])]
+        for column, look in ((1, _INK), (2, f'{VERMILION}" stroke-dasharray="6 3')):
+            stroke = f'stroke="{look}" stroke-width="2"'
+            parts.append(gaps.line(drawn[:, 0], drawn[:, column], stroke))
     parts += _firsts(gaps, firsts)
     for values, colour in ((running, BLUE), (waiting, ORANGE)):
         parts.append(load.line(*_steps(times, values), f'stroke="{colour}" stroke-width="2"'))
@@ -202,6 +206,14 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
     ]
     parts += [_legend(), "</svg>"]
     return "".join(parts)
+
+
+def _broken(levels: np.ndarray) -> np.ndarray:
+    """With a row of nothing where no token came for a while, over which no line is drawn."""
+    pauses = np.flatnonzero(np.diff(levels[:, 0]) > _BREAK) + 1
+    nothing = levels[pauses].copy()
+    nothing[:, 1:] = np.nan
+    return np.insert(levels, pauses, nothing, axis=0)
 
 
 def _dots(panel: _Panel, tokens: np.ndarray) -> list[str]:
@@ -244,13 +256,13 @@ def _legend() -> str:
         ("running", BLUE),
         ("waiting", ORANGE),
     )
-    parts, x = [], _WIDTH - _RIGHT
+    parts, x = [], float(_WIDTH - _RIGHT)
     for label, colour in reversed(items):
-        x -= 7 * len(label) + 8
+        x -= 6.2 * len(label)
         parts.append(_text(x, 12, label))
         if not label.startswith("◆"):
             parts.append(f'<path d="M{x - 12} 8h9" stroke="{colour}" stroke-width="3"/>')
-        x -= 20
+        x -= 26
     return "".join(parts)
 
 
@@ -263,7 +275,8 @@ def _time_axis(panel: _Panel) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    shown = escape("".join(filter(str.isprintable, text)))  # XML has no control characters
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{shown}</text>'
 
 
 def _steps(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -271,16 +284,16 @@ def _steps(times: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     if not len(times):
         return times, values
     kept = np.flatnonzero(np.diff(values, prepend=np.nan, append=np.nan)[:-1] != 0)
-    kept = np.union1d(kept, [len(times) - 1])
+    kept = np.union1d(kept[_spread(len(kept), _CORNERS)], [len(times) - 1])
     x, y = np.repeat(times[kept], 2)[1:], np.repeat(values[kept], 2)[:-1]
     return x, y
 
 
-def _ticks(top: float, count: int = 4) -> list[float]:
-    """Round numbers from 0 to ``top``: steps of 1, 2 or 5 and zeros."""
+def _ticks(top: float, count: int = 5, least: float = 0.0) -> list[float]:
+    """Round numbers from 0 to ``top``: steps of 1, 2 or 5 and zeros, and of ``least`` or more."""
     rough = top / count
     power = 10.0 ** np.floor(np.log10(rough))
-    step = next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough)
+    step = max(least, next(power * unit for unit in (1, 2, 5, 10) if power * unit >= rough))
     return [round(i * step, 10) for i in range(int(top / step) + 1)]
 
 
@@ -308,7 +321,12 @@ def _colour(number: float) -> str:
 
 def _short(values: np.ndarray) -> list[float]:
     """Numbers as a notebook's file should have them: without digits that nobody measured."""
-    return [float(f"{value:.{_PRECISION + 2}g}") for value in values]
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _moments(times: np.ndarray) -> list[float]:
+    """Times in s, to a tenth of a ms however long the view has been there."""
+    return [round(float(time), _PRECISION) for time in times]
 
 
 def _row(told: dict[str, object]) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inferkit.kv import PREFILL_CHUNK
@@ -74,6 +75,8 @@ def load_options(model: Model) -> dict[str, Any]:
         value = dict(value) if name == "max_memory" else value
         if value != default:
             options[name] = value
+    if model.name != Path(model.ref).name:
+        options["name"] = model.name  # or another would be loaded beside it
     return options
 
 
@@ -130,10 +133,16 @@ def _call(name: str, first: str, options: Mapping[str, Any]) -> str:
 def _written(value: Any) -> str:
     """A value as code; what JSON writes of a string is what Python reads, in double quotes."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
+        # IPython splits a cell at more characters than Python does, and nobody sees them in it.
+        shown = json.dumps(value, ensure_ascii=False)
+        return "".join(c if c.isprintable() else _escaped(c) for c in shown)
     if isinstance(value, list | tuple):
         inside = ", ".join(map(_written, value))
         return f"[{inside}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_written(k)}: {_written(v)}" for k, v in value.items()) + "}"
     return repr(value)
+
+
+def _escaped(char: str) -> str:
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"

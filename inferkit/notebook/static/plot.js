@@ -469,7 +469,11 @@ function createPlot(store, root) {
       timeline[1].setData(stepwise(steps, [KV], kept));
       under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
     }
-    store.painted?.(drawn);
+    // For tests and benchmarks, which cannot look into a canvas.
+    const { tokens, firsts } = store.tables;
+    const newest = Math.max(tokens[0].at(-1) ?? 0, firsts[0].at(-1) ?? 0);
+    const detail = { tokens: tokens[0].length, newest, ms: performance.now() - drawn };
+    element.dispatchEvent(new CustomEvent("inferkit-drawn", { bubbles: true, detail }));
   }
 
   function schedule() {
