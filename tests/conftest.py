@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lab import Lab
+    from playwright.sync_api import Browser
 
 # Before the first import of torch or huggingface_hub, which read them once. Small models run
 # slower on many threads, and no test may reach a hub.
@@ -74,3 +79,22 @@ def chromium() -> str:
             "(Debian: apt-get install chromium), or leave these tests out: make test-fast."
         )
     return found
+
+
+@pytest.fixture(scope="session")
+def lab(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A running JupyterLab, whose kernels find the demo model converted."""
+    from lab import serve
+
+    folders = (tmp_path_factory.mktemp(name) for name in ("jupyter", "notebooks"))
+    with serve(*folders) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    """A browser; not longer than for a module, for Playwright's event loop disturbs async tests."""
+    from lab import browse
+
+    with browse(chromium) as found:
+        yield found

@@ -28,6 +28,8 @@ export default () => {
     render({ model, el }) {
       // JupyterLab's shortcuts are for cells: "a" in a prompt makes no new one.
       const root = h("div", { class: "inferkit-panel", "data-lm-suppress-shortcuts": "true" });
+      // It also takes a new line and an undo from text boxes in a cell's output, at the box itself.
+      root.addEventListener("beforeinput", (event) => event.stopPropagation(), true);
       el.append(root);
       const ends = [view(store, model, root), hideStill(model.get("_slot"))];
       return () => ends.forEach((end) => end());
