@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from inferkit import latency as _latency
 from inferkit.errors import InferkitError
-from inferkit.html import table, text_table
+from inferkit.html import one_line, table, text_table
 from inferkit.sampling import SamplingParams, TokenLogprobs
 from inferkit.trace import Latency
 
@@ -145,22 +145,16 @@ class Generations(list[Generation]):
 
 
 def _row(gen: Generation) -> Sequence[object]:
-    text = _cut(gen.text, 56)
+    text = one_line(gen.text, 56)
     if gen.error is not None:
-        text = _cut(f"{type(gen.error).__name__}: {gen.error}", 200)
+        text = one_line(f"{type(gen.error).__name__}: {gen.error}", 200)
     prompt = f"{len(gen.prompt_token_ids)} tokens" if gen.prompt is None else gen.prompt
     times = (gen.latency.queue, gen.latency.ttft, gen.latency.tpot, gen.latency.e2e)
     return (
-        _cut(prompt, 32),
+        one_line(prompt, 32),
         text,
         gen.finish_reason,
         gen.latency.trace.cached_tokens,
         len(gen.token_ids),
         *("-" if t is None else f"{1000 * t:.1f}" for t in times),
     )
-
-
-def _cut(text: str, length: int) -> str:
-    """One line of at most so many characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1].rstrip() + "…"

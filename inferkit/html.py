@@ -83,6 +83,12 @@ def format_number(value: float | None) -> str:
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
 
 
+def one_line(text: str, length: int) -> str:
+    """Text on one line of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1].rstrip() + "…"
+
+
 def listed(names: Iterable[str]) -> str:
     """Names as messages give them: ``'a', 'b'``."""
     return ", ".join(map(repr, names))

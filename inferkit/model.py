@@ -26,12 +26,13 @@ from inferkit.generation import Generation, Generations
 from inferkit.html import format_bytes, table
 from inferkit.memory import MemoryPlan
 from inferkit.progress import Progress
-from inferkit.prompts import Encoder, is_one, options_of_each
+from inferkit.prompts import Encoder, is_one, is_one_conversation, options_of_each
 from inferkit.quantize import unquantized
 from inferkit.resident import Identity, Resident
 from inferkit.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, Any]]
 Sampling = SamplingParams | Literal["model"] | None
 
 
@@ -224,13 +225,22 @@ class Model:
         self._engine.submit([request])
         return request
 
+    @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, sampling: Sampling = None, **options: Any
-    ) -> Generation:
-        """Answer a conversation, in the format of the model's chat template.
+        self, messages: Conversation, *, sampling: Sampling = ..., **options: Any
+    ) -> Generation: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Conversation], *, sampling: Sampling = ..., **options: Any
+    ) -> Generations: ...
+    def chat(
+        self, messages: Any, *, sampling: Sampling = None, **options: Any
+    ) -> Generation | Generations:
+        """Answer a conversation, in the format of the model's chat template; or several.
 
         Args:
-            messages: ``[{"role": "user", "content": "hi"}, ...]``.
+            messages: ``[{"role": "user", "content": "hi"}, ...]``, or a list of such lists, which
+                are batched by the engine.
             sampling: As for `generate`.
             options: As for `generate`.
 
@@ -238,20 +248,29 @@ class Model:
             PromptError: The model has no chat template, or the messages do not suit it.
         """
         arrival = time.perf_counter_ns()
-        params = self._params(sampling, options)
-        done = self._run([self._chat_request(messages, params, arrival)])
-        self._last = done[0]
+        done = self._run(self._chat_requests(messages, sampling, options, arrival))
+        self._last = done[0] if is_one_conversation(messages) else done
         self._tell(done)
-        return done[0]
+        return self._last
 
+    @overload
     def submit_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, sampling: Sampling = None, **options: Any
-    ) -> Request:
-        """Queue a conversation and return at once; arguments as for `chat`."""
-        arrival = time.perf_counter_ns()
-        request = self._chat_request(messages, self._params(sampling, options), arrival)
-        self._engine.submit([request])
-        return request
+        self, messages: Conversation, *, sampling: Sampling = ..., **options: Any
+    ) -> Request: ...
+    @overload
+    def submit_chat(
+        self, messages: Sequence[Conversation], *, sampling: Sampling = ..., **options: Any
+    ) -> list[Request]: ...
+    def submit_chat(
+        self, messages: Any, *, sampling: Sampling = None, **options: Any
+    ) -> Request | list[Request]:
+        """Queue a conversation and return at once; arguments as for `chat`.
+
+        Several arrive at one moment, so that a static batch is formed of them.
+        """
+        requests = self._chat_requests(messages, sampling, options, time.perf_counter_ns())
+        self._engine.submit(requests)
+        return requests[0] if is_one_conversation(messages) else requests
 
     # -- changing -------------------------------------------------------------------------------
 
@@ -376,11 +395,17 @@ class Model:
         text = prompt if isinstance(prompt, str) else None
         return parts.request(text, self._encoder(parts).prompt(prompt), params, arrival)
 
-    def _chat_request(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, arrival: int
-    ) -> Request:
+    def _chat_requests(
+        self, messages: Any, sampling: Sampling, options: Mapping[str, Any], arrival: int
+    ) -> list[Request]:
+        several = [messages] if is_one_conversation(messages) else list(messages)
         parts = self._parts
-        return parts.request(*self._encoder(parts).chat(messages), params, arrival)
+        encoder = self._encoder(parts)
+        each = [self._params(sampling, o) for o in options_of_each(options, len(several))]
+        return [
+            parts.request(*encoder.chat(conversation), params, arrival)
+            for conversation, params in zip(several, each, strict=True)
+        ]
 
     def _encoder(self, parts: Resident) -> Encoder:
         tokenizer = parts.loaded.tokenizer

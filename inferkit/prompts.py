@@ -25,6 +25,15 @@ def is_one(prompt: Any) -> bool:
     return bool(prompt) and isinstance(prompt[0], Integral)
 
 
+def is_one_conversation(messages: Any) -> bool:
+    """Whether this is no list of conversations, each a list of messages."""
+    return not (
+        isinstance(messages, list | tuple)
+        and bool(messages)
+        and all(isinstance(each, list | tuple) for each in messages)
+    )
+
+
 def options_of_each(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """The options of each of several prompts: ``seed`` and ``max_tokens`` may be one for each."""
     each = [dict(options) for _ in range(count)]

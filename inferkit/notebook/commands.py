@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +15,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic_arguments import MagicArgumentParser
 
 from inferkit.arguments import LOAD_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, Options, flag
+from inferkit.notebook import words
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,13 @@ def split(line: str) -> list[str]:
     Raises:
         UsageError: A quote is not closed.
     """
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=False)
-    lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
     try:
-        return list(lexer)
+        return words.split(line)
     except ValueError:
         raise UsageError(
             f"A quote is not closed in: {line.strip()} (a prompt with quotes of its own goes into "
             "a cell under %%infer)"
         ) from None
-
-
-def _unescaped(text: str) -> str:
-    r"""A stop string as it is typed: \n, \t and \\ are what they are in Python."""
-    known = {"n": "\n", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nt\\])", lambda found: known[found[1]], text)
 
 
 HELP_FLAGS = {"-h", "--help"}
@@ -112,7 +103,7 @@ _PROMPT_OPTIONS: Options = {
     "to": {"metavar": "VARIABLE", "help": "a variable to keep results in, besides _infer"},
     "raw": {"action": "store_true", "help": "show text as it is, not as Markdown"},
     **SAMPLING_OPTIONS,
-    "stop": {**SAMPLING_OPTIONS["stop"], "type": _unescaped},
+    "stop": {**SAMPLING_OPTIONS["stop"], "type": words.unescaped},
     "logprobs": {**SAMPLING_OPTIONS["logprobs"], "help": "kept in _infer.logprobs"},
 }
 

@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inferkit.generation import Generation, Generations
-from inferkit.html import format_number, table, text_table
+from inferkit.html import format_number, one_line, table, text_table
 from inferkit.sampling import SamplingParams
 from inferkit.trace import NS
 
@@ -30,6 +30,7 @@ INTERRUPTED = "Interrupted; what was generated is in _infer."
 
 _SHORT = 400  # characters of a prompt that is shown whole
 _SHORT_LINES = 8
+_TITLE = 72  # characters of a prompt in its title
 _PRE = "white-space:pre-wrap;overflow-wrap:anywhere;margin:2px 0"
 _SMALL = "opacity:.75;font-size:90%;margin:2px 0"
 _HEADER = ("prompt", "finish", "tokens", "queue ms", "TTFT ms", "TPOT ms", "E2E ms")
@@ -171,7 +172,8 @@ class TerminalView:
 
     def _write_new(self, index: int, text: Text) -> None:
         if len(self._texts) > 1 and index >= self._shown:
-            print(f"{chr(10) if index else ''}=== {index + 1}: {_cut(self._run.prompts[index])}")
+            title = one_line(self._run.prompts[index], _TITLE)
+            print(f"{chr(10) if index else ''}=== {index + 1}: {title}")
             self._shown = index + 1
         sys.stdout.write(text.read())
         sys.stdout.flush()
@@ -269,7 +271,7 @@ def _prompt(prompt: str, number: int | None) -> Bundle:
     if len(prompt) <= _SHORT and prompt.count("\n") < _SHORT_LINES:
         html = f'<div style="font-weight:600">{title}</div>{whole}'
     else:
-        summary = f"<b>{title}</b> {escape(_cut(prompt))} ({len(prompt):,} characters)"
+        summary = f"<b>{title}</b> {escape(one_line(prompt, _TITLE))} ({len(prompt):,} characters)"
         html = f"<details><summary>{summary}</summary>{whole}</details>"
     return {"text/html": f'<div class="inferkit">{html}</div>', "text/plain": f"{title}: {prompt}"}
 
@@ -333,8 +335,3 @@ def _sampling(params: SamplingParams, seed: int) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.1f}"
-
-
-def _cut(text: str, length: int = 72) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"

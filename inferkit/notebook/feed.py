@@ -2,7 +2,7 @@
 
 The engine knows nothing of this: a `Feed` hears of new requests, and otherwise reads lists that
 only grow (a request's timestamps, the engine's steps), so that no step ever waits for a view.
-Numbers are kept in tables of limited length; see `Table` for what is let go.
+Numbers are kept in tables of limited length; see `tables.Table` for what is let go.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from inferkit.errors import InferkitError
+from inferkit.notebook.tables import Table, Window
 from inferkit.trace import NS
 
 if TYPE_CHECKING:
@@ -27,18 +28,16 @@ if TYPE_CHECKING:
     from inferkit.generation import Generation
     from inferkit.model import Model
 
-POINTS = 20_000
-"""Most rows of a table, which is what a browser draws smoothly."""
-
 WINDOW = 10.0
 """Seconds whose gaps the rolling quantiles are of."""
 
 RATE_WINDOW = 2.0
 """Seconds that tokens per second are counted over."""
 
-_WINDOW_GAPS = 5_000  # at most; more are not drawn apart either
 _REQUESTS = 200  # ended ones whose text a view can still show
 _MARKS = 200
+_RUN = 10_000  # requests of a run whose results are kept
+_PROMPT = 300  # characters of a prompt that a view shows
 _ALIVE = ("waiting", "running")
 
 COLUMNS = {
@@ -48,62 +47,6 @@ COLUMNS = {
     "steps": ("time", "duration", "prefill", "decode", "running", "waiting", "kv"),
 }
 """The tables and their columns: times in s since `Feed.epoch`, durations in ms, kv in bytes."""
-
-
-class Table:
-    """Rows of numbers that grow at the end, at most `POINTS` of them.
-
-    When it is full, the older half is thinned: of every four rows it keeps the two with the least
-    and the greatest second column, so that late tokens stay to be seen however old they are.
-
-    Args:
-        columns: Numbers in a row; the first is a time, in whose order rows are kept.
-        limit: Most rows, 8 or more.
-    """
-
-    def __init__(self, columns: int, limit: int = POINTS) -> None:
-        self._rows = np.empty((limit, columns))
-        self._length = 0
-        self.thinned = False
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All rows, [rows, columns]; a view that the next `extend` may change."""
-        return self._rows[: self._length]
-
-    def extend(self, rows: np.ndarray) -> bool:
-        """Add rows, in order; return whether former ones were thinned or moved for them."""
-        changed = False
-        room = len(self._rows) // 2 // 4 * 2  # what thinning once makes
-        for start in range(0, len(rows), room):
-            part = rows[start : start + room]
-            if self._length + len(part) > len(self._rows):
-                self._thin()
-                changed = True
-            late = self._length > 0 and part[0, 0] < self._rows[self._length - 1, 0]
-            self._rows[self._length : self._length + len(part)] = part
-            self._length += len(part)
-            if late:  # from a request that ran before the feed heard of it
-                self._rows[: self._length] = self.rows[self.rows[:, 0].argsort(kind="stable")]
-                changed = True
-        return changed
-
-    def _thin(self) -> None:
-        half = len(self._rows) // 2 // 4 * 4
-        old, new = self.rows[:half], self.rows[half:].copy()
-        groups = old.reshape(-1, 4, old.shape[1])
-        ends = np.sort([groups[:, :, 1].argmin(1), groups[:, :, 1].argmax(1)], axis=0)
-        # Four equal rows have one extreme: it and its neighbour stay.
-        ends[1] = np.where(ends[0] == ends[1], (ends[1] + 1) % 4, ends[1])
-        ends.sort(axis=0)
-        kept = groups[np.arange(len(groups)), ends].transpose(1, 0, 2).reshape(-1, old.shape[1])
-        self._rows[: len(kept)] = kept
-        self._rows[len(kept) : len(kept) + len(new)] = new
-        self._length = len(kept) + len(new)
-        self.thinned = True
 
 
 @dataclass(slots=True)
@@ -181,9 +124,11 @@ class Feed:
         self._new: deque[Watched] = deque()
         self._live: list[Watched] = []
         self._ended: deque[Watched] = deque(maxlen=_REQUESTS)
-        self._run: list[Request] = []
+        self._ids: set[int] = set()  # of these
+        self._run: deque[Request] = deque(maxlen=_RUN)
         self._count = 0
-        self._origin = threading.local()
+        self._window = Window(WINDOW)
+        self._listens = True
         self._step_seen = self.epoch
         self._peeked = Update()
         self._facts: dict[str, Any] = {}
@@ -198,14 +143,21 @@ class Feed:
         """
         with self._lock:
             engine = None if model is None else model._engine
-            self.close()
+            self._peeked.add(self._read_new())  # the last steps of the former one
+            self._leave()
             self._model, self._engine = model, engine
             self._begin_requests()
             if not self._count:
                 self._facts = self.facts()  # no change of anything that is shown
-            if engine is not None:
-                engine.on_submit.append(self._submitted)
-                self._submitted(engine.requests)
+            self._window.clear()
+            self._hear()
+
+    def listen(self, wanted: bool) -> None:
+        """Hear of requests, or for a while of none: those that come meanwhile are not shown."""
+        with self._lock:
+            if wanted != self._listens:
+                self._listens = wanted
+                self._hear() if wanted else self._leave()
 
     @property
     def model(self) -> Model | None:
@@ -288,41 +240,35 @@ class Feed:
     def now(self) -> dict[str, Any]:
         """The present, in numbers: ms, tokens per second, bytes; None where there is nothing yet.
 
-        The rate is that of the last `RATE_WINDOW` seconds.
+        The rate is that of the last `RATE_WINDOW` seconds, or since the run began; p50 and p99 are
+        those of the gaps of the last `WINDOW` seconds.
         """
         with self._lock:
-            time_now = self._since(time.perf_counter_ns())
-            tokens = sum(
-                len(rows) - int(np.searchsorted(rows[:, 0], time_now - RATE_WINDOW))
-                for rows in (self.tables["tokens"].rows, self.tables["firsts"].rows)
-            )
+            now = self._since(time.perf_counter_ns())
             levels = self.tables["levels"].rows
+            recent = self._window and levels[-1, 0] >= now - WINDOW
+            p50, p99 = map(float, levels[-1, 1:]) if recent else (None, None)
             engine = self._engine
             return {
-                "time": time_now,
-                "rate": tokens / RATE_WINDOW,
-                "p50": float(levels[-1, 1]) if len(levels) else None,
-                "p99": float(levels[-1, 2]) if len(levels) else None,
+                "time": now,
+                "rate": self._rate(now),
+                "p50": p50,
+                "p99": p99,
                 "running": engine.running if engine else 0,
                 "waiting": engine.waiting if engine else 0,
                 "capacity": engine.kv_capacity if engine else 0,
             }
 
-    @contextmanager
-    def origin(self, name: str) -> Iterator[None]:
-        """What this thread submits meanwhile comes from here, and not from a cell."""
-        self._origin.name = name
-        try:
-            yield
-        finally:
-            del self._origin.name
+    # -- within ---------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Hear of no more requests."""
+    def _hear(self) -> None:
+        if self._engine is not None and self._listens:
+            self._engine.on_submit.append(self._submitted)
+            self._submitted(self._engine.requests)
+
+    def _leave(self) -> None:
         if self._engine is not None and self._submitted in self._engine.on_submit:
             self._engine.on_submit.remove(self._submitted)
-
-    # -- within ---------------------------------------------------------------------------------
 
     def _read_new(self) -> Update:
         update = Update()
@@ -330,6 +276,7 @@ class Feed:
         # loop would be ahead of the others, and rows out of order.
         until = time.perf_counter_ns()
         self._begin_requests()
+        self._mark_changes(update)
         rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
         for watched in list(self._live):
             self._read(watched, until, rows, update)
@@ -338,7 +285,6 @@ class Feed:
         for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
             if new:
                 self._add(name, sorted(new), update)
-        self._mark_changes(update)
         return update
 
     def _whole(self) -> Update:
@@ -351,7 +297,7 @@ class Feed:
 
     def _submitted(self, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
-        origin = getattr(self._origin, "name", "cell")
+        origin = getattr(_submitting, "origin", "cell")
         self._new.extend(Watched(request, 0, origin) for request in requests)
         self._wake.set()
 
@@ -359,10 +305,11 @@ class Feed:
         while self._new:
             watched = self._new.popleft()
             request = watched.request
-            if any(w.request is request for w in (*self._live, *self._ended)):
+            if request.id in self._ids:
                 continue  # it was submitted while a model was attached
+            self._ids.add(request.id)
             if all(_ended_by(r, request.arrival) for r in reversed(self._run)):
-                self._run = []
+                self._run.clear()
             self._count += 1
             watched.number, watched.last = self._count, request.arrival
             self._live.append(watched)
@@ -390,6 +337,8 @@ class Feed:
             update.requests.append(self._told(watched, status))
         if status not in _ALIVE:
             self._live.remove(watched)
+            if len(self._ended) == _REQUESTS:
+                self._ids.discard(self._ended[0].request.id)
             self._ended.append(watched)
 
     def _told(self, watched: Watched, status: str | None = None) -> dict[str, Any]:
@@ -397,10 +346,7 @@ class Feed:
         request = watched.request
         told: dict[str, Any] = {"number": watched.number}
         if status is None or not watched.status:
-            shown = request.prompt
-            told["prompt"] = (
-                f"{len(request.prompt_token_ids)} token ids" if shown is None else shown
-            )
+            told["prompt"] = _shortened(request)
             told["origin"] = watched.origin
         if status is None:
             told["text"] = "".join(request.pieces_since(0)[: watched.pieces])
@@ -435,11 +381,8 @@ class Feed:
         """A row of rolling quantiles at the newest gap, where there is one."""
         if not new:
             return []
-        now = max(new)[0]
-        recent = np.concatenate([self.tables["tokens"].rows[-_WINDOW_GAPS:], new])
-        gaps = recent[recent[:, 0] >= now - WINDOW, 1]
-        p50, p99 = np.percentile(gaps, (50, 99))
-        return [(now, float(p50), float(p99))]
+        rows = np.array(sorted(new))
+        return [(float(rows[-1, 0]), *self._window.quantiles(rows[:, :2]))]
 
     def _add(self, name: str, rows: list[tuple[float, ...]], update: Update) -> None:
         table, new = self.tables[name], np.array(rows)
@@ -460,12 +403,44 @@ class Feed:
         else:
             changed = ((k, v) for k, v in facts.items() if v != former[k])
             label = ", ".join(_label(name, value) for name, value in changed)
+        self._window.clear()
         mark = (self._since(time.perf_counter_ns()), label)
         self.marks.append(mark)
         update.marks.append(mark)
 
+    def _rate(self, now: float) -> float:
+        """Tokens per second of late."""
+        begun = self._since(self._run[0].arrival) if self._run else now
+        since = max(now - RATE_WINDOW, begun)
+        tokens = sum(
+            len(table.rows) - int(np.searchsorted(table.rows[:, 0], since))
+            for table in (self.tables["tokens"], self.tables["firsts"])
+        )
+        return tokens / (now - since) if now > since else 0.0
+
     def _since(self, moment: int) -> float:
         return (moment - self.epoch) * NS
+
+
+_submitting = threading.local()
+
+
+@contextmanager
+def origin(name: str) -> Iterator[None]:
+    """What this thread submits meanwhile comes from here, and not from a cell."""
+    _submitting.origin = name
+    try:
+        yield
+    finally:
+        del _submitting.origin
+
+
+def _shortened(request: Request) -> str:
+    """A prompt as far as a view shows it."""
+    text = request.prompt
+    if text is None:
+        return f"{len(request.prompt_token_ids)} token ids"
+    return text if len(text) <= _PROMPT else text[: _PROMPT - 1] + "…"
 
 
 def _status(request: Request) -> str:

@@ -6,11 +6,11 @@ message at a field says what a cell would have said.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from inferkit.errors import OptionError
+from inferkit.notebook import words
 from inferkit.sampling import SamplingParams
 
 Form = Mapping[str, Any]
@@ -37,9 +37,6 @@ EMPTY: dict[str, Any] = {
 }
 """The form of a new panel, and with it the names of its fields."""
 
-LOADING = ("ref", "device", "quantize", "batching", "max_batch", "context")
-"""Fields that a load depends on."""
-
 _NUMBERS: dict[str, type] = {
     "max_tokens": int,
     "temperature": float,
@@ -48,7 +45,8 @@ _NUMBERS: dict[str, type] = {
     "min_p": float,
     "repetition_penalty": float,
 }
-_MOST_COPIES = 1000
+_MOST_PROMPTS = 1000
+_DIGITS = 18  # of a whole number
 
 
 class FormError(OptionError):
@@ -160,19 +158,23 @@ def prompts(form: Form, how: str) -> list[str]:
     if how == "copies":
         copies = reading.read("copies", _copies) or 0
         if not copies and "copies" not in reading.wrong:
-            reading.wrong["copies"] = f"Copies: write a number from 1 to {_MOST_COPIES}."
+            reading.wrong["copies"] = f"Copies: write a number from 1 to {_MOST_PROMPTS}."
     reading.check()
     if how == "lines":
-        return [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) > _MOST_PROMPTS:
+            many = f"These are {len(lines):,} lines; send {_MOST_PROMPTS:,} or fewer at once."
+            raise FormError({"prompt": many})
+        return lines
     return [text] * copies
 
 
 def _whole(example: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
-            number = int(text.replace("_", ""))
+            number = _integer(text)
         except ValueError:
-            wrong = f"{_shown(text)} is no whole number; write one, as {example}."
+            wrong = f"{_shown(text)} is no whole number that can be; write one, as {example}."
             raise ValueError(wrong) from None
         if number < 1:
             raise ValueError(f"{number} is too small; write 1 or more, as {example}.")
@@ -184,9 +186,9 @@ def _whole(example: int) -> Callable[[str], int]:
 def _number(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         try:
-            return kind(text.replace("_", ""))
+            return _integer(text) if kind is int else float(text.replace("_", ""))
         except ValueError:
-            what = "whole number" if kind is int else "number"
+            what = "whole number that can be" if kind is int else "number"
             raise ValueError(f"{_shown(text)} is no {what}.") from None
 
     return parse
@@ -194,16 +196,21 @@ def _number(kind: type) -> Callable[[str], Any]:
 
 def _seed(text: str) -> int:
     try:
-        return int(text)
+        return _integer(text)
     except ValueError:
-        wrong = f"{_shown(text)} is no whole number; write one, or “random”."
+        wrong = f"{_shown(text)} is no whole number that can be; write one, or “random”."
         raise ValueError(wrong) from None
 
 
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:  # more would overflow wherever it is used as a float
+        raise ValueError
+    return int(text.replace("_", ""))
+
+
 def _copies(text: str) -> int:
-    # Python reads no number of thousands of digits.
-    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= _MOST_COPIES:
-        raise ValueError(f"Copies: {_shown(text)} is no number from 1 to {_MOST_COPIES}.")
+    if not text.isdecimal() or len(text) > _DIGITS or not 1 <= int(text) <= _MOST_PROMPTS:
+        raise ValueError(f"Copies: {_shown(text)} is no number from 1 to {_MOST_PROMPTS}.")
     return int(text)
 
 
@@ -213,11 +220,7 @@ def _shown(text: str) -> str:
 
 
 def _strings(text: str) -> list[str]:
-    r"""Words, as a shell reads them; ``\n`` and ``\t`` stand for what they do in Python."""
     try:
-        lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-        lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
-        words = list(lexer)
+        return [words.unescaped(word) for word in words.split(text)]
     except ValueError:
         raise ValueError("A quote is not closed.") from None
-    return [word.replace("\\n", "\n").replace("\\t", "\t") for word in words]

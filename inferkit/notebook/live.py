@@ -17,13 +17,15 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+import traceback
 import uuid
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets
+from IPython.core.getipython import get_ipython
 
 from inferkit.errors import OptionError
 from inferkit.notebook import assets, picture
@@ -48,31 +50,38 @@ Bundle = dict[str, Any]
 class LivePlot(anywidget.AnyWidget):
     """The gap before each token of a model's requests, TTFT, and how many run, as it happens.
 
-    Show it by ending a cell with it. It costs the model nothing: the engine never waits for it.
-    In a saved notebook stays a picture of the last state.
+    Show it by ending a cell with it. It costs the model nothing: the engine never waits for it. It
+    hears of requests from when it is first shown, and rests when the cell that shows it is run
+    anew. In a saved notebook stays a picture of the last state.
 
     Args:
         model: What to watch.
     """
 
-    _esm = assets.script("dom.js", "store.js", "plot.js", "entry.js")
+    _esm = assets.script("dom.js", "store.js", "series.js", "plot.js", "entry.js")
     _css = assets.styles()
     _slot = traitlets.Unicode().tag(sync=True)  # where the picture for the saved notebook is
 
+    _closed = False
+
     def __init__(self, model: Model | None = None, **traits: Any) -> None:
         check_model(model)
-        super().__init__(_slot=uuid.uuid4().hex[:12], **traits)
         self._wake = threading.Event()
         self._feed = Feed(self._wake)
+        self._feed.listen(False)
         self._sending = threading.RLock()
+        self._starting = threading.Lock()
         self._ticker: threading.Thread | None = None
         self._context: contextvars.Context | None = None
-        self._ended = threading.Event()
+        self._state: dict[str, Any] = {}
         self._watched_until = 0.0
         self._beat_at = 0.0
-        self._greeted = True  # whether the last hello has been answered
+        self._behind = True  # whether the views lack something that was read
         self._was_busy = False
-        self._still_of = (0, 0, 0)
+        self._counted = 0  # requests of the runs that have been summed up
+        self._still_of: tuple[int, ...] = ()
+        self._shell: Any = None  # that tells of the ends of cells
+        super().__init__(_slot=uuid.uuid4().hex[:12], **traits)
         if model is not None:
             self._feed.attach(model)
         self.on_msg(self._receive)
@@ -98,30 +107,27 @@ class LivePlot(anywidget.AnyWidget):
         return picture.figure(self._feed)
 
     def close(self) -> None:
-        """Take it out of the browser, and end its thread."""
-        self._ended.set()
-        self._wake.set()
-        self._feed.close()
-        _at_cell_ends(self._update_still, False)
-        super().close()
+        """Take it out of the browser, and end its thread. Safe to call twice."""
+        if not self._closed and "_wake" in vars(self):
+            self._closed = True
+            self._rest()
+            super().close()
 
     # -- showing --------------------------------------------------------------------------------
 
     def _ipython_display_(self, **_: Any) -> None:
         """Show the live view, and beneath it, hidden while that lives, what a saved file keeps."""
+        name = type(self).__name__
+        if self._closed:
+            print(f"This {name} was closed; ik.{name}() makes another.")
+            return
         self._context = contextvars.copy_context()
+        _take_the_cell(self)
         data, metadata = self._repr_mimebundle_() or ({}, {})
-        _display(data | self._fallback(), metadata=metadata)
+        _display(data | _fallback(name), metadata=metadata)
         for slot, bundle in self._still().items():
             _display(bundle, display_id=slot)
-        _at_cell_ends(self._update_still)
         self._start()
-
-    def _fallback(self) -> Bundle:
-        """What is shown where no widget can be."""
-        name = type(self).__name__
-        html = f'<div class="inferkit" style="opacity:.75">inferkit {name}: run this cell for a '
-        return {"text/html": html + "live view.</div>", "text/plain": f"inferkit {name}"}
 
     def _still(self) -> dict[str, Bundle]:
         """The pictures of the present state, by their display ids."""
@@ -138,19 +144,49 @@ class LivePlot(anywidget.AnyWidget):
         else:
             self._context.copy().run(work)
 
+    def _update_still(self, *_: Any) -> None:
+        """Bring the picture in the saved notebook up to date, where something has happened.
+
+        Called at the end of a run; and of a cell too, for who executes a notebook without a
+        browser (nbclient) takes no outputs between cells.
+        """
+        happened = (self._feed.count, len(self._feed.live), len(self._feed.marks))
+        if happened != self._still_of:
+            self._still_of = happened
+            for slot, bundle in self._still().items():
+                _display(bundle, display_id=slot, update=True)
+
     # -- the thread -----------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._ticker is None:
+        """Hear of requests and follow them, if it does not."""
+        with self._starting:
+            if self._ticker is not None or self._closed:
+                return
+            self._feed.listen(True)
+            self._shell = get_ipython()
+            if self._shell is not None:
+                self._shell.events.register("post_run_cell", self._update_still)
             run = (self._context or contextvars.copy_context()).copy().run
             self._ticker = threading.Thread(
                 target=run, args=(self._loop,), name="inferkit-live", daemon=True
             )
             self._ticker.start()
 
+    def _rest(self) -> None:
+        """Do nothing until it is shown again."""
+        with self._starting:
+            self._ticker = None
+            self._feed.listen(False)
+            if self._shell is not None:
+                self._shell.events.unregister("post_run_cell", self._update_still)
+                self._shell = None
+            self._wake.set()
+
     def _loop(self) -> None:
         busy = False
-        while not self._ended.is_set():
+        mine = threading.current_thread()
+        while self._ticker is mine:
             self._wake.wait(INTERVAL if busy else _IDLE)
             self._wake.clear()
             began = time.monotonic()
@@ -158,26 +194,43 @@ class LivePlot(anywidget.AnyWidget):
                 busy = self._tick()
             except Exception as error:  # shown, for a log of a thread is read by nobody
                 self._failed(error)
-            self._ended.wait(max(0.0, began + INTERVAL - time.monotonic()))
+            time.sleep(max(0.0, began + INTERVAL - time.monotonic()))
 
     def _tick(self) -> bool:
         """Send what is new; return whether a request is on its way."""
+        count = self._feed.count  # before the next line, so that none of them is still on its way
+        busy = bool(self._feed.live)
         with self._sending:
-            whole = not self._greeted
-            self._greeted = True
-            if whole:
-                self._send_state()
-            update = self._feed.snapshot() if whole else self._feed.poll()
-            busy = bool(self._feed.live)
-            if time.monotonic() < self._watched_until:
-                if update or whole or busy or self._was_busy:
-                    self._send_update(update, whole)
-                elif time.monotonic() >= self._beat_at:
-                    self._say({"type": "beat"})
-        if self._was_busy and not busy:
+            if self._looked_at(busy):
+                self._tell(busy)
+            elif self._feed.poll():
+                self._behind = True
+        if not busy and count != self._counted:
+            self._counted = count
             self._run_ended()
         self._was_busy = busy
         return busy
+
+    def _looked_at(self, busy: bool) -> bool:
+        """Whether to send: not to nobody, but a run that somebody saw begin is told to its end.
+
+        While a cell runs, a frontend without subshells cannot say that it still looks.
+        """
+        return time.monotonic() < self._watched_until or (busy and self._watched_until > 0)
+
+    def _tell(self, busy: bool) -> None:
+        if self._behind:
+            self._say({"type": "state", "parts": dict(self._state)})
+            self._send_update(self._feed.snapshot(), whole=True)
+            self._behind = False
+            return
+        update = self._feed.poll()
+        if update or busy or self._was_busy:
+            self._behind = True  # until it is sent
+            self._send_update(update, whole=False)
+            self._behind = False
+        elif time.monotonic() >= self._beat_at:
+            self._say({"type": "beat"})
 
     def _send_update(self, update: Update, whole: bool) -> None:
         names = [name for name in COLUMNS if whole or name in update.tables]
@@ -191,44 +244,42 @@ class LivePlot(anywidget.AnyWidget):
         }
         self._say(message, [update.tables[name].tobytes() for name in names])
 
-    def _send_state(self) -> None:
-        """Answer a view that knows nothing; a panel has more to tell than the feed."""
+    def _put(self, part: str, value: Any) -> None:
+        """Tell the views of a part of the state, unless they know."""
+        with self._sending:
+            if part in self._state and self._state[part] == value:
+                return
+            self._state[part] = value
+            if self._watched_until:
+                self._say({"type": "state", "parts": {part: value}})
 
     def _say(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
         self._beat_at = time.monotonic() + _BEAT
         self.send(message, buffers)
 
     def _run_ended(self) -> None:
-        """Bring the picture in the saved notebook up to date."""
         if self._context is not None:
             self._in_its_cell(self._update_still)
 
-    def _update_still(self, *_: Any) -> None:
-        """Update it where something has happened since the last time.
-
-        Called at the end of a run; and of a cell too, for who executes a notebook without a
-        browser (nbclient) takes no outputs between cells.
-        """
-        happened = (self._feed.count, len(self._feed.live), len(self._feed.marks))
-        if happened != self._still_of:
-            self._still_of = happened
-            for slot, bundle in self._still().items():
-                _display(bundle, display_id=slot, update=True)
-
     def _failed(self, error: BaseException) -> None:
-        raise error
+        """Show an error where somebody sees it."""
+        details = "".join(traceback.format_exception(error))
+        text = f"{type(error).__name__}: {error}"
+        self._put("failure", {"title": "Unexpected error.", "text": text, "details": details})
 
     # -- from the browser -----------------------------------------------------------------------
 
     def _receive(self, _: Any, message: dict[str, Any], buffers: Any) -> None:
         """Called while cells run, by a thread that other widgets share: takes note, and no more."""
-        self._watched_until = time.monotonic() + _WATCHED
-        if message.get("type") == "hello":
-            self._greeted = False
-            self._start()
-            self._wake.set()
-        elif message.get("type") == "act":
+        now = time.monotonic()
+        if message.get("type") == "hello" or now >= self._watched_until:
+            self._behind = True
+        self._watched_until = now + _WATCHED
+        if message.get("type") == "act":
             self._act(message)
+        self._start()
+        if self._behind:
+            self._wake.set()
 
     def _act(self, message: dict[str, Any]) -> None:
         """Something was clicked."""
@@ -259,17 +310,27 @@ def _answer_on_the_way_it_came(comm: Any) -> None:
         comm._reply_subshell_for = lambda data, default: default
 
 
-def _at_cell_ends(work: Callable[..., None], wanted: bool = True) -> None:
-    """Call it after each cell that is run, once; or no more."""
-    from IPython.core.getipython import get_ipython
+_cells: dict[str, weakref.ref[LivePlot]] = {}  # who was shown last by a cell
 
-    shell = get_ipython()
-    if shell is None:
+
+def _take_the_cell(view: LivePlot) -> None:
+    """Let a view rest that this cell showed when it was run before, and no other cell shows."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    parent = kernel.get_parent() if kernel is not None else {}
+    cell = parent.get("metadata", {}).get("cellId")  # JupyterLab's; others send none
+    if cell is None:
         return
-    with suppress(ValueError):  # it was not registered
-        shell.events.unregister("post_run_cell", work)
-    if wanted:
-        shell.events.register("post_run_cell", work)
+    former, _cells[cell] = _cells.get(cell), weakref.ref(view)
+    other = None if former is None else former()
+    if other is not None and other is not view and all(r() is not other for r in _cells.values()):
+        other._rest()
+
+
+def _fallback(name: str) -> Bundle:
+    """What is shown where no widget can be."""
+    html = f'<div class="inferkit" style="opacity:.75">inferkit {name}: run this cell for a live '
+    text = f"inferkit {name}: show it in a notebook, as JupyterLab is one; a terminal can't."
+    return {"text/html": html + "view.</div>", "text/plain": text}
 
 
 def _display(bundle: Bundle, **options: Any) -> None:

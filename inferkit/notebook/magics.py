@@ -31,6 +31,7 @@ from inferkit.notebook.commands import (
     no_command,
     split,
 )
+from inferkit.notebook.sending import submit
 from inferkit.notebook.variables import interpolate
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class InferMagics(Magics):
         model = self._model(arguments)
         chat, raw = "chat" in arguments, "raw" in arguments
         options = given(arguments, SAMPLING_OPTIONS)
-        requests = _submit(model, arguments.prompt, chat, options)
+        requests = submit(model, arguments.prompt, chat, options)
         run = display.Run(arguments.prompt, requests, chat=chat, raw=raw)
         with _cancelled_on_error(requests):
             view = display.view(self.shell, run)
@@ -190,18 +191,6 @@ class InferMagics(Magics):
         from IPython.display import display
 
         display(value)  # type: ignore[no-untyped-call]
-
-
-def _submit(
-    model: Model, prompts: Sequence[str], chat: bool, options: dict[str, Any]
-) -> list[Request]:
-    if not chat:
-        return model.submit(prompts, **options)
-    requests: list[Request] = []
-    with _cancelled_on_error(requests):
-        for prompt in prompts:
-            requests.append(model.submit_chat([{"role": "user", "content": prompt}], **options))
-    return requests
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Panel: load a model, change its modes, prompt it and watch its latency, all by clicking.
 
 The browser's side is ``static/panel.js``. It is told of state in parts, by name, each replaced as a
-whole (`Panel._put`): ``choices``, ``devices``, ``model``, ``plan``, ``work``, ``errors``,
-``failure``, ``summary`` and ``code``. What is typed is the trait ``form`` (see `form.EMPTY`). A
-click comes as ``{type: "act", name, form, ...}`` and is one of the methods below `_act`.
+whole (`LivePlot._put`): ``form``, ``choices``, ``devices``, ``model``, ``plan``, ``work``,
+``errors``, ``failure``, ``summary`` and ``code``. A click comes as ``{type: "act", name, fields}``
+and is one of the methods below `_act`; ``fields`` are those of the form that were typed since the
+last one (see `form.EMPTY`). The form itself lives here, so that all views show the same.
 
 Clicks are taken while cells run, so they only queue work: what changes a model is done by one
-thread after the other, prompts are sent by another, and stopping is done at once.
+thread in turn, plans by another, prompts by a third, and stopping is done at once.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from __future__ import annotations
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import traitlets
 
 from inferkit import progress
 from inferkit.errors import InferkitError, ModelUnloadedError, PromptError
 from inferkit.html import format_bytes, format_number
 from inferkit.notebook import assets, form, recipe
+from inferkit.notebook.display import output_rate
+from inferkit.notebook.feed import origin
 from inferkit.notebook.form import FormError
 from inferkit.notebook.live import LivePlot, check_model
+from inferkit.notebook.sending import submit
 from inferkit.notebook.worker import Worker
 
 if TYPE_CHECKING:
-    from inferkit.engine import Request
+    from inferkit.generation import Generations
     from inferkit.model import Model
 
 _LOOK = 1.0  # seconds between two looks at what cells have loaded
@@ -41,72 +42,73 @@ _MODES = ("quantize", "batching", "max_batch", "context")
 class Panel(LivePlot):
     """Load a model, change its modes, prompt it, and watch every token's latency.
 
-    Show it by ending a cell with it. It follows what cells do too: it shows the model that was
-    loaded last, in the modes that it has, and requests that come from cells. Nothing that is
-    clicked holds up the kernel. All views of one panel show the same.
+    Show it by ending a cell with it. It follows what cells do too: it shows the modes that a cell
+    changes and the requests that a cell sends, and where its model is unloaded, the one loaded
+    last. Nothing that is clicked holds up the kernel. All views of one panel show the same.
 
     Args:
         model: The model to begin with; None for the one loaded last, if any.
     """
 
-    _esm = assets.script("dom.js", "store.js", "plot.js", "panel.js", "entry.js")
-
-    form = traitlets.Dict(form.EMPTY).tag(sync=True)
+    _esm = assets.script("dom.js", "store.js", "series.js", "plot.js", "panel.js", "entry.js")
 
     def __init__(self, model: Model | None = None, **traits: Any) -> None:
         check_model(model)
-        self._state: dict[str, Any] = {}
+        self._form = dict(form.EMPTY)
+        self._filled: dict[str, Any] = {}  # what the model's modes were when last put into it
+        self._errors: dict[str, dict[str, str]] = {"form": {}, "sending": {}}
         self._sent: recipe.Sent | None = None
+        self._coded: Any = None  # what the code was made of
+        self._planned: Any = None
         self._cancel = threading.Event()
         self._changes = Worker("inferkit-panel", self._failed)
+        self._plans = Worker("inferkit-plan", self._failed)
         self._sends = Worker("inferkit-send", self._failed)
-        self._planned: tuple[Any, ...] = ()
         self._looked = self._looked_at_devices = 0.0
         super().__init__(None, **traits)
+        self._put("form", dict(self._form))
         self._attach(model or _loaded_last())
-        self.observe(lambda _: self._form_changed(), "form")
 
     def close(self) -> None:
-        """Take it out of the browser; models stay loaded."""
-        self._changes.close()
-        self._sends.close()
+        """Take it out of the browser; models stay loaded. Safe to call twice."""
+        if "_sends" in vars(self):
+            for worker in (self._changes, self._plans, self._sends):
+                worker.close()
         super().close()
 
     # -- state ----------------------------------------------------------------------------------
 
-    def _put(self, part: str, value: Any) -> None:
-        """Tell the views of a part of the state, unless they know."""
-        with self._sending:
-            if part in self._state and self._state[part] == value:
-                return
-            self._state[part] = value
-            self._say({"type": "state", "parts": {part: value}})
-
-    def _send_state(self) -> None:
-        self._say({"type": "state", "parts": dict(self._state)})
-        self._changes.do(self._find_choices, "choices")
-        self._form_changed()
+    def _start(self) -> None:
+        if self._ticker is None:
+            self._plans.do(self._find_choices, "choices")
+            self._plans.do(self._plan, "plan")
+        super()._start()
 
     def _failed(self, error: BaseException) -> None:
         """Show an error where somebody sees it; one of ours is a sentence, others have details."""
         if progress.stopped(error):
             return  # somebody has pressed Cancel
         if isinstance(error, FormError):
-            self._put("errors", error.fields)
-            return
-        if isinstance(error, InferkitError):
+            self._show_errors("sending", error.fields)
+        elif isinstance(error, InferkitError):
             self._put("failure", {"title": "", "text": str(error), "details": ""})
-            return
-        details = "".join(traceback.format_exception(error))
-        text = f"{type(error).__name__}: {error}"
-        self._put("failure", {"title": "Unexpected error.", "text": text, "details": details})
+        else:
+            super()._failed(error)
+
+    def _show_errors(self, kind: str, fields: dict[str, str]) -> None:
+        """What is wrong with the form as it is typed, or what was when it was used last."""
+        self._errors[kind] = dict(fields)
+        self._put("errors", self._errors["sending"] | self._errors["form"])
 
     def _show_model(self) -> None:
         """What the model is now, and what code gives it."""
         model = self._feed.model
         try:
-            self._put("model", _facts(model))
-            self._put("code", recipe.code(model, self._sent))
+            facts = _facts(model)
+            self._put("model", facts)
+            if self._coded != (facts, self._sent):
+                self._put("code", recipe.code(model, self._sent))
+                self._coded = (facts, self._sent)
         except ModelUnloadedError:
             self._attach(_loaded_last())
 
@@ -118,44 +120,51 @@ class Panel(LivePlot):
         if now >= self._looked + _LOOK:
             self._looked = now
             self._follow()
-        if now >= self._looked_at_devices + _DEVICES and now < self._watched_until:
+        if now >= self._looked_at_devices + _DEVICES and self._looked_at(busy):
             self._looked_at_devices = now
-            if "torch" in sys.modules and "devices" in self._state:
+            if "devices" in self._state:  # otherwise a look would import torch
                 self._show_devices()
         return busy
 
     def _follow(self) -> None:
-        """Take over a model that a cell has loaded, let go of one that it has unloaded."""
+        """Let go of a model that was unloaded, and take over the one that was loaded last."""
         model = self._feed.model
         if model is None or not model.loaded:
             last = _loaded_last()
             if last is not model:
                 self._attach(last)
+        elif _modes(model) != self._filled:  # a cell has changed it
+            self._fill(model, self._form | self._filled)
         self._show_model()
         names = [m.name for m in _loaded()]
         if "choices" in self._state and names != self._state["choices"]["loaded"]:
             self._put("choices", {**self._state["choices"], "loaded": names})
 
-    def _attach(self, model: Model | None) -> None:
+    def _attach(self, model: Model | None, typed: dict[str, Any] | None = None) -> None:
+        if self._closed:
+            return
         try:
             self._feed.attach(model)
         except ModelUnloadedError:
             self._feed.attach(model := None)
         if model is not None:
-            self._fill(model)
+            self._fill(model, typed)
         self._show_model()
+        if self._ticker is not None:
+            self._plans.do(self._plan, "plan")
 
-    def _fill(self, model: Model) -> None:
-        """Put what the model runs as into the form."""
-        now = {
-            "ref": model.ref,
-            "device": model.device if len(model.devices) == 1 else "auto",
-            "quantize": model.quantization,
-            "batching": model.batching,
-            "max_batch": str(model.max_batch),
-            "context": str(model.context),
-        }
-        self.form = {**self.form, **now}
+    def _fill(self, model: Model, typed: dict[str, Any] | None = None) -> None:
+        """Put what the model runs as into the form.
+
+        Args:
+            model: The model.
+            typed: The form when it was used; what was typed since then stays.
+        """
+        with self._sending:
+            kept = self._form if typed is None else typed
+            self._filled = _modes(model)
+            self._form |= {k: v for k, v in self._filled.items() if self._form[k] == kept[k]}
+            self._put("form", dict(self._form))
 
     def _find_choices(self) -> None:
         """Models that load without network, and devices: the first look imports torch."""
@@ -187,64 +196,42 @@ class Panel(LivePlot):
 
     def _run_ended(self) -> None:
         super()._run_ended()
-        self._put("summary", self._summary())
-
-    def _summary(self) -> list[tuple[str, str]]:
-        """The last run in a line, by vLLM's definitions; times in ms."""
-        from inferkit.latency import summarize
-
-        gens = self.generations
-        if not gens:
-            return []
-        found = summarize(gens)
-
-        def ms(name: str, percentile: str) -> str:
-            value = getattr(found[name], percentile)
-            return "–" if value is None else f"{format_number(1e3 * value)} ms"
-
-        many = found.completed > 1
-        percentiles = ("p50", "p99") if many else ("p50",)
-        facts = [("last run", f"{len(gens)} request{'s' if len(gens) != 1 else ''}")]
-        if found.failed:
-            facts.append(("not finished", str(found.failed)))
-        for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("queue", "queue")):
-            wide = ("p50", "p99") if name == "tpot" else percentiles
-            facts += [(f"{label} {p}" if many else label, ms(name, p)) for p in wide[: 1 + many]]
-        facts.append(("output tokens/s", format_number(found.output_tokens_per_second)))
-        model = self._feed.model
-        if model is not None:
-            facts.append(("weights", format_bytes(model.plan.weights)))
-            facts.append(("KV cache", format_bytes(model.plan.kv_cache)))
-        return facts
+        self._put("summary", _summary(self.generations, self._feed.model))
 
     # -- what was typed -------------------------------------------------------------------------
 
-    def _form_changed(self) -> None:
-        self._changes.do(self._plan, "plan")
+    def _edit(self, fields: dict[str, Any]) -> None:
+        with self._sending:
+            self._form |= {name: fields[name] for name in fields if name in form.EMPTY}
+            self._put("form", dict(self._form))
+            left = {k: v for k, v in self._errors["sending"].items() if k not in fields}
+            self._show_errors("sending", left)
+        self._plans.do(self._plan, "plan")
 
     def _plan(self) -> None:
         """Check the form, and plan the load that it asks for, where that is not loaded already."""
+        typed = dict(self._form)
         errors: dict[str, str] = {}
         try:
-            form.sampling_options(self.form)
+            form.sampling_options(typed)
         except FormError as error:
             errors |= error.fields
         try:
-            options = form.plan_options(self.form)
+            options = form.plan_options(typed)
         except FormError as error:
             errors |= error.fields
             self._put("plan", None)
         else:
-            self._show_plan(options)
-        self._put("errors", errors)
+            self._show_plan(typed, options)
+        self._show_errors("form", errors)
 
-    def _show_plan(self, options: dict[str, Any]) -> None:
+    def _show_plan(self, typed: dict[str, Any], options: dict[str, Any]) -> None:
         from inferkit.memory import plan
 
-        if self._named_model(self.form) is not None:
+        if self._named_model(typed) is not None:
             self._put("plan", None)
             return
-        asked = (*sorted(options.items()), tuple(m.name for m in _loaded()))
+        asked = (dict(options), [m.name for m in _loaded()])
         if asked == self._planned and self._state.get("plan"):
             return
         try:
@@ -259,13 +246,15 @@ class Panel(LivePlot):
         model = self._feed.model
         if model is None or not model.loaded:
             return None
-        named = str(typed.get("ref", "")).strip() in (model.ref, model.name)
-        return model if named and typed.get("device") in ("auto", model.device) else None
+        named = str(typed["ref"]).strip() in (model.ref, model.name)
+        return model if named and typed["device"] in ("auto", model.device) else None
 
     # -- what was clicked -----------------------------------------------------------------------
 
     def _act(self, message: dict[str, Any]) -> None:
-        typed = {**form.EMPTY, **message.get("form", {})}
+        if message.get("fields"):
+            self._edit(message["fields"])
+        typed = dict(self._form)  # as it is now, and not when its turn comes
         match message.get("name"):
             case "load":
                 self._changes.do(lambda: self._load(typed))
@@ -276,24 +265,25 @@ class Panel(LivePlot):
             case "attach":
                 self._changes.do(lambda: self._choose(message["model"]))
             case "cancel":
-                self._cancel.set()
+                self._sends.do(self._cancel_work)
             case "send":
-                self._sends.do(lambda: self._prompt(typed, message["how"]))
+                self._sends.do(lambda: self._submit(typed, message["how"]))
             case "stop":
                 self._stop(message.get("number"))
             case "keep":
                 self._sends.do(self._keep)
             case "dismiss":
-                self._changes.do(lambda: self._put("failure", None))
+                self._sends.do(lambda: self._put("failure", None))
 
     def _load(self, typed: dict[str, Any]) -> None:
         from inferkit.registry import load
 
         options = form.load_options(typed)
-        ref = options.pop("ref")
-        with self._working(f"Loading {ref}"):
-            self._attach(load(ref, progress=self._told, **options))
-        self._show_devices()
+        if self._named_model(typed) is not None:
+            return  # it is there, and what is set for it holds at once
+        with self._working(f"Loading {options['ref']}"):
+            self._attach(load(**options, progress=self._told), typed)
+        self._plans.do(self._find_choices, "choices")  # it may be in the cache now
 
     def _unload(self) -> None:
         model = self._feed.model
@@ -301,7 +291,6 @@ class Panel(LivePlot):
             with self._working(f"Unloading {model.name}", cancel=False):
                 model.unload()
                 self._attach(_loaded_last())
-            self._form_changed()
             self._show_devices()
 
     def _choose(self, name: str) -> None:
@@ -314,34 +303,40 @@ class Panel(LivePlot):
         model = self._named_model(typed)
         if model is None or name not in _MODES:
             return
-        options = form.load_options(typed)
-        if name not in options or options[name] == getattr(model, _attribute(name)):
-            return
         try:
-            with self._working(f"{_spelled(name)} {options[name]}", cancel=name == "quantize"):
-                if name == "quantize":
-                    model.quantize(options[name], progress=self._told)
-                else:
-                    model.configure(**{name: options[name]})
+            value = form.load_options(typed).get(name)
+            if value is not None and value != getattr(model, _attribute(name)):
+                self._change(model, name, value)
         finally:
             if model.loaded:
-                self._fill(model)  # where it was refused, the former mode
+                self._fill(model, typed)  # where it was refused, the former mode
             self._show_model()
             self._show_devices()
 
-    def _prompt(self, typed: dict[str, Any], how: str) -> None:
+    def _change(self, model: Model, name: str, value: Any) -> None:
+        what = f"{_spelled(name)} {value}"
+        if name != "batching" and (running := model.running):
+            plural = "s" if running > 1 else ""
+            what += f": waits for {running} running request{plural} (Stop ends them)"
+        with self._working(what, cancel=name == "quantize"):
+            if name == "quantize":
+                model.quantize(value, progress=self._told)
+            else:
+                model.configure(**{name: value})
+
+    def _submit(self, typed: dict[str, Any], how: str) -> None:
         model = self._feed.model
         if model is None:
             raise FormError({"prompt": "Load a model first."})
         options = form.sampling_options(typed)
         prompts = form.prompts(typed, how)
-        self._put("errors", {})
         chat = bool(typed["chat"])
         try:
-            with self._feed.origin("panel"):
-                requests = _submit(model, prompts, options, chat)
+            with origin("panel"):
+                requests = submit(model, prompts, chat, options)
         except PromptError as error:
             raise FormError({"prompt": str(error)}) from None
+        self._show_errors("sending", {})
         self._put("failure", None)
         seeds = [request.sampler.seed for request in requests]
         self._sent = recipe.Sent(prompts, options, seeds, chat)
@@ -379,19 +374,37 @@ class Panel(LivePlot):
             raise KeyboardInterrupt
         self._put("work", {"what": what, "done": done, "total": total or 0, "cancel": True})
 
+    def _cancel_work(self) -> None:
+        """Let the next word of progress end the work."""
+        with self._sending:
+            work = self._state.get("work")
+            if work and work["cancel"]:
+                self._cancel.set()
+                self._put("work", {**work, "what": f"Cancelling: {work['what']}", "cancel": False})
 
-def _submit(model: Model, prompts: list[str], options: dict[str, Any], chat: bool) -> list[Request]:
-    if not chat:
-        return model.submit(prompts, **options)
-    requests: list[Request] = []
-    try:
-        for prompt in prompts:
-            requests.append(model.submit_chat([{"role": "user", "content": prompt}], **options))
-    except InferkitError:
-        for request in requests:
-            request.cancel()
-        raise
-    return requests
+
+def _summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]:
+    """A run in a line: latency of the requests that completed, by vLLM's definitions."""
+    from inferkit.latency import summarize
+
+    if not gens:
+        return []
+    found = summarize(gens)
+    facts = [("last run", f"{len(gens)} request{'s' if len(gens) != 1 else ''}")]
+    if found.failed:
+        facts.append(("of these stopped or failed", str(found.failed)))
+    many = found.completed > 1
+    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("queue", "queue")):
+        for percentile in ("p50", "p99") if many else ("p50",):
+            value = getattr(found[name], percentile)
+            if value is not None:
+                shown = f"{label} {percentile}" if many else label
+                facts.append((shown, f"{format_number(1e3 * value)} ms"))
+    facts.append(("output tokens/s", format_number(output_rate(gens))))
+    if model is not None:
+        facts.append(("weights", format_bytes(model.plan.weights)))
+        facts.append(("KV cache", format_bytes(model.plan.kv_cache)))
+    return facts
 
 
 def _loaded() -> list[Model]:
@@ -421,6 +434,18 @@ def _facts(model: Model | None) -> dict[str, Any] | None:
         "max_batch": model.max_batch,
         "context": model.context,
         "fallback": model.fallback,
+    }
+
+
+def _modes(model: Model) -> dict[str, Any]:
+    """What the form says of a loaded model."""
+    return {
+        "ref": model.ref,
+        "device": model.device if len(model.devices) == 1 else "auto",
+        "quantize": "none" if model.plan.format.stored else model.quantization,
+        "batching": model.batching,
+        "max_batch": str(model.max_batch),
+        "context": str(model.context),
     }
 
 

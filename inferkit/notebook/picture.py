@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inferkit.html import table, text_table
+from inferkit.html import one_line, table, text_table
 from inferkit.look import BLUE, LINES, ORANGE, VERMILION, finish
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from inferkit.notebook.feed import Feed
 
 _PAUSE = 0.05  # s without a step, from which on nothing was running
+_SPAN = 300.0  # s before the last token that a picture shows, and a figure at first
 _BREAK = 1.0  # s without a token
 _PRECISION = 4  # digits after the point of the times that a figure keeps
 
@@ -91,6 +92,8 @@ def figure(feed: Feed) -> go.Figure:
     made.update_yaxes(title_text="ITL (ms)", rangemode="tozero", row=1, col=1)
     made.update_yaxes(title_text="requests", rangemode="tozero", row=2, col=1)
     made.update_xaxes(title_text="time (s)", row=2, col=1)
+    if len(times) and times[-1] - times[0] > _SPAN:
+        made.update_xaxes(range=[times[-1] - _SPAN, times[-1]])
     thinned = feed.tables["tokens"].thinned
     note = "older points thinned to the extremes" if thinned else ""
     count = len(update.requests)
@@ -180,10 +183,11 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
     )
     if not len(firsts):
         return head.format(height=30) + _text(8, 20, "inferkit: no token yet") + "</svg>"
-    starts, ends = (firsts[0, 0] - firsts[0, 1] / 1e3, steps[:, 0]), [firsts[-1, 0]]
-    low = min(float(np.min(part)) for part in starts if np.size(part))
-    ends += [table[-1, 0] for table in (tokens, steps) if len(table)]
-    span = (low, max(max(ends), low + 1e-3))
+    high = max(float(table[-1, 0]) for table in (tokens, firsts, steps) if len(table))
+    tables = {name: rows[rows[:, 0] >= high - _SPAN] for name, rows in tables.items()}
+    tokens, firsts, steps = tables["tokens"], tables["firsts"], tables["steps"]
+    begins = [*steps[:1, 0], *tokens[:1, 0], *(firsts[:1, 0] - firsts[:1, 1] / 1e3)]
+    span = (float(min(begins)), max(high, float(min(begins)) + 1e-3))
     upper_height = _HEIGHT - _TOP - _BOTTOM - _GAP - _LOWER
     gaps = _Panel(span, _highest(tokens), _TOP, upper_height)
     times, running, waiting = occupancy(steps)
@@ -202,7 +206,7 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
     for values, colour in ((running, BLUE), (waiting, ORANGE)):
         parts.append(load.line(*_steps(times, values), f'stroke="{colour}" stroke-width="2"'))
     parts += [
-        _mark(gaps, load, moment, label) for moment, label in marks if low <= moment <= span[1]
+        _mark(gaps, load, moment, label) for moment, label in marks if span[0] <= moment <= span[1]
     ]
     parts += [_legend(), "</svg>"]
     return "".join(parts)
@@ -333,10 +337,9 @@ def _row(told: dict[str, object]) -> tuple[object, ...]:
     times = told.get("ms") or {}
     assert isinstance(times, dict)
     shown = (times.get(name) for name in ("queue", "ttft", "tpot"))
-    prompt = " ".join(str(told["prompt"]).split())
     return (
         told["number"],
-        prompt if len(prompt) <= 48 else prompt[:47] + "…",
+        one_line(str(told["prompt"]), 48),
         told["status"],
         told["tokens"],
         *("–" if value is None else f"{value:.1f}" for value in shown),

@@ -40,7 +40,7 @@ def code(model: Model | None, sent: Sent | None) -> str:
         return "\n".join([*lines, "ik.Panel()"])
     lines.append(_call("model = ik.load", _written(model.ref), load_options(model)))
     if sent is not None:
-        lines += [*(_chat(sent) if sent.chat else _generate(sent))]
+        lines += _answers(sent)
     return "\n".join(lines)
 
 
@@ -80,35 +80,26 @@ def load_options(model: Model) -> dict[str, Any]:
     return options
 
 
-def _generate(sent: Sent) -> list[str]:
+def _answers(sent: Sent) -> list[str]:
     options = dict(sent.options)
     if "seed" in options and options["seed"] is None:
         options["seed"] = list(sent.seeds) if len(sent.seeds) > 1 else sent.seeds[0]
-    return [_call("gens = model.generate", _prompts(sent.prompts), options), "gens"]
-
-
-def _chat(sent: Sent) -> list[str]:
-    """The panel submits conversations one after the other and waits for none."""
-    options = {name: _written(value) for name, value in sent.options.items()}
-    loop = "for prompt in prompts"
-    if "seed" in options and sent.options["seed"] is None:
-        options["seed"] = "seed"
-        loop = f"for prompt, seed in zip(prompts, {list(sent.seeds)!r})"
-    rest = "".join(f", {name}={value}" for name, value in options.items())
+    if not sent.chat:
+        return [_call("gens = model.generate", _prompts(sent.prompts), options), "gens"]
+    if len(sent.prompts) == 1:
+        messages = f'[{{"role": "user", "content": {_written(sent.prompts[0])}}}]'
+        return [_call("gens = model.chat", messages, options), "gens"]
+    messages = '[[{"role": "user", "content": prompt}] for prompt in prompts]'
     return [
-        f"prompts = {_prompts(sent.prompts, always_list=True)}",
-        "requests = [",
-        f'    model.submit_chat([{{"role": "user", "content": prompt}}]{rest})',
-        f"    {loop}",
-        "]",
-        "gens = [request.result() for request in requests]",
+        f"prompts = {_prompts(sent.prompts)}",
+        _call("gens = model.chat", messages, options),
         "gens",
     ]
 
 
-def _prompts(prompts: Sequence[str], *, always_list: bool = False) -> str:
+def _prompts(prompts: Sequence[str]) -> str:
     """One prompt, so many times one, or a list over several lines."""
-    if len(prompts) == 1 and not always_list:
+    if len(prompts) == 1:
         return _written(prompts[0])
     if len(set(prompts)) == 1 and len(prompts) > 1:
         return f"[{_written(prompts[0])}] * {len(prompts)}"

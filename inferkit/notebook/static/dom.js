@@ -12,65 +12,50 @@ function h(tag, attributes = {}, ...children) {
   return element;
 }
 
-// A row of buttons of which one is pressed; arrow keys move, as in a radio group.
+// A name that no other element of the page has; each widget brings a copy of this module.
+function unique(kind) {
+  globalThis.__inferkit_count = (globalThis.__inferkit_count ?? 0) + 1;
+  return `ik-${kind}-${globalThis.__inferkit_count}`;
+}
+
+// A row of buttons of which one is pressed.
 function segments(label, values, picked) {
-  const element = h("div", { class: "ik-segments", role: "radiogroup", "aria-label": label });
-  const buttons = values.map((value) =>
-    h("button", { type: "button", role: "radio", onclick: () => pick(value) }, value));
-  element.append(...buttons);
+  const element = h("div", { class: "ik-segments", role: "group", "aria-label": label });
   let current = null;
 
   function set(value) {
     current = value;
-    buttons.forEach((button, i) => {
-      const on = values[i] === value;
-      button.setAttribute("aria-checked", String(on));
-      button.tabIndex = on || (!values.includes(value) && i === 0) ? 0 : -1;
-    });
+    buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(values[i] === value)));
   }
 
   function pick(value) {
-    if (value === current || element.hasAttribute("aria-disabled")) return;
+    if (value === current || element.getAttribute("aria-disabled") === "true") return;
     set(value);
     picked(value);
   }
 
-  element.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-    if (!step) return;
-    event.preventDefault();
-    const at = (Math.max(0, values.indexOf(current)) + step + values.length) % values.length;
-    buttons[at].focus();
-    pick(values[at]);
-  });
+  const buttons = values.map((value) =>
+    h("button", { type: "button", onclick: () => pick(value) }, value));
+  element.append(...buttons);
   set(null);
-  return {
-    element,
-    set,
-    disable(off) {
-      if (off) element.setAttribute("aria-disabled", "true");
-      else element.removeAttribute("aria-disabled");
-      buttons.forEach((button) => (button.disabled = off));
-    },
-  };
+  // Not `disabled`, which would take the focus away from whoever has just pressed one.
+  return { element, set, disable: (off) => element.setAttribute("aria-disabled", String(off)) };
 }
 
 // A labelled control, with a place for what is wrong with what was typed.
-let fields = 0;
 function field(label, control, hint = "") {
-  const id = `ik-field-${++fields}`;
+  const id = unique("field");
   const message = h("div", { class: "ik-wrong", id: `${id}-wrong`, role: "alert", hidden: true });
   const target = control.matches("input, textarea, select") ? control : null;
-  if (target) {
-    target.id = id;
-    target.setAttribute("aria-describedby", message.id);
-  }
+  if (target) target.id = id;
+  control.setAttribute("aria-describedby", message.id);
   const element = h("div", { class: "ik-field" },
     h("label", target ? { for: id, title: hint } : { title: hint }, label), control, message);
   return {
     element,
-    wrong(text) {
-      message.textContent = text ?? "";
+    wrong(text = "") {
+      if (message.textContent === text) return;
+      message.textContent = text;
       message.hidden = !text;
       element.classList.toggle("ik-bad", Boolean(text));
       target?.setAttribute("aria-invalid", String(Boolean(text)));

@@ -1,12 +1,22 @@
 // What anywidget asks for: `initialize` once per widget model, `render` once per view of it.
 
-const view = (store, model, root) =>
-  typeof createPanel === "function" ? createPanel(store, model, root) : plotAlone(store, root);
+const view = (store, root) =>
+  typeof createPanel === "function" ? createPanel(store, root) : plotAlone(store, root);
 
 function plotAlone(store, root) {
+  const failure = h("div", { class: "ik-link", role: "alert", hidden: true });
   const plot = createPlot(store, root);
-  root.append(plot.element);
-  return plot.destroy;
+  const section = h("section", { class: "ik-section", "aria-label": "Latency" }, plot.element);
+  root.append(failure, section);
+  const unlisten = store.listen(() => {
+    const { failure: told } = store.parts;
+    failure.hidden = !told && !store.dead;
+    failure.textContent = store.dead || (told ? `${told.title} ${told.text}` : "");
+  });
+  return () => {
+    unlisten();
+    plot.destroy();
+  };
 }
 
 // What the saved notebook keeps, a picture and a table, is not shown beside the live view. The
@@ -31,7 +41,7 @@ export default () => {
       // It also takes a new line and an undo from text boxes in a cell's output, at the box itself.
       root.addEventListener("beforeinput", (event) => event.stopPropagation(), true);
       el.append(root);
-      const ends = [view(store, model, root), hideStill(model.get("_slot"))];
+      const ends = [view(store, root), hideStill(model.get("_slot"))];
       return () => ends.forEach((end) => end());
     },
   };

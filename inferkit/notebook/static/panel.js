@@ -1,10 +1,13 @@
 // The panel: model and modes above, the prompt, the live plot, and a card for each request.
 //
-// It draws what the kernel tells (store.parts) and sends what was clicked. What was typed is the
-// trait `form`, which the kernel checks: no rule of the library is repeated here.
+// It draws what the kernel tells (store.parts), each part when it changes, and sends what was
+// clicked, with the fields that were typed since the last time. The kernel keeps the form and
+// checks it: no rule of the library is repeated here.
 
-const CARDS = 100; // requests that are shown; older ones are folded away
+const CARDS = 100; // requests that are shown; others are counted
 const TYPING = 250; // ms without a key until the kernel is told what was typed
+const NAMING = 800; // the same for a model's name, which the hub may be asked about
+const SETTLED = 1_500; // ms after a key, from which on the kernel may change a field in use
 
 const SAMPLING = [
   ["max_tokens", "Max tokens", "64", "Most tokens to generate"],
@@ -16,84 +19,120 @@ const SAMPLING = [
   ["seed", "Seed", "0", "Of the random numbers; “random” draws one for each request"],
   ["stop", "Stop strings", "", "Separated by spaces; quotes around one that has a space"],
 ];
-const FIRST_ROW = 2;
-const OVER = new Set(["stop", "length", "cancelled", "error"]);
+const FIRST_ROW = 2; // of these are always in sight
 
-function createPanel(store, model, root) {
+function createPanel(store, root) {
   const inputs = {}, shown = {}, toggles = {};
-  const unlisten = [];
 
   // -- the form -----------------------------------------------------------------------------
 
-  let timer = 0;
-  function edit(name, value, now = false) {
-    model.set("form", { ...model.get("form"), [name]: value });
+  let typed = {}, timer = 0; // fields that the kernel has not been told of yet
+  const touched = {}; // when a field was typed into
+
+  function edit(name, value, wait = TYPING) {
+    typed[name] = value;
+    touched[name] = performance.now();
     clearTimeout(timer);
-    timer = setTimeout(() => model.save_changes(), now ? 0 : TYPING);
+    timer = setTimeout(() => act("edit"), wait);
   }
 
   function act(name, details = {}) {
     clearTimeout(timer);
-    model.save_changes();
-    store.act(name, { form: model.get("form"), ...details });
+    const fields = typed;
+    typed = {};
+    store.act(name, { fields, ...details });
+  }
+
+  function drawForm({ form }) {
+    if (!form) return;
+    for (const [name, box] of Object.entries(inputs)) {
+      // What somebody types at this moment is not pulled away under the cursor.
+      const busy = document.activeElement === box && performance.now() - (touched[name] ?? 0) < SETTLED;
+      if (busy || name in typed) continue;
+      const value = form[name] ?? "";
+      if (box.type === "checkbox") box.checked = Boolean(value);
+      else if (box.value !== String(value)) choose(box, String(value));
+    }
+    for (const [name, buttons] of Object.entries(toggles)) {
+      if (!(name in typed)) buttons.set(form[name]);
+    }
+  }
+
+  function choose(box, value) {
+    if (box === device && ![...box.options].some((each) => each.value === value)) {
+      box.append(h("option", { value }, value));
+    }
+    box.value = value;
   }
 
   function input(name, attributes = {}) {
     const box = h("input", { type: "text", autocomplete: "off", spellcheck: "false", ...attributes });
-    box.addEventListener("input", () => edit(name, box.value));
+    box.addEventListener("input", () => edit(name, box.value, name === "ref" ? NAMING : TYPING));
     return (inputs[name] = box);
   }
 
+  function checkbox(name, label, hint) {
+    const box = h("input", { type: "checkbox" });
+    box.addEventListener("change", () => edit(name, box.checked, 0));
+    inputs[name] = box;
+    return h("label", { class: "ik-check", title: hint }, box, label);
+  }
+
   function labelled(name, label, control, hint) {
-    const made = field(label, control, hint);
-    shown[name] = made;
-    return made.element;
+    shown[name] = field(label, control, hint);
+    return shown[name].element;
   }
 
   // Max batch and context of a loaded model change when the field is left, not at every key.
-  function setting(name, label, attributes, hint) {
-    const box = input(name, { inputmode: "numeric", size: 6, ...attributes });
-    box.addEventListener("change", () => act("apply", { field: name }));
+  function setting(name, label, hint) {
+    const box = input(name, { inputmode: "numeric", size: 6 });
+    box.addEventListener("change", () => {
+      delete touched[name];
+      act("apply", { field: name });
+    });
     return labelled(name, label, box, hint);
   }
 
   function toggle(name, label, values, hint) {
     toggles[name] = segments(label, values, (value) => {
-      edit(name, value, true);
+      edit(name, value);
       act("apply", { field: name });
     });
     return labelled(name, label, toggles[name].element, hint);
   }
 
-  function fill() {
-    const form = model.get("form");
-    for (const [name, box] of Object.entries(inputs)) {
-      // What somebody types at this moment is not pulled away under the cursor.
-      if (box === document.activeElement && root.contains(box)) continue;
-      if (box.type === "checkbox") box.checked = Boolean(form[name]);
-      else if (box.value !== String(form[name] ?? "")) box.value = form[name] ?? "";
-    }
-    for (const [name, buttons] of Object.entries(toggles)) buttons.set(form[name]);
+  // A button that is off keeps the focus, and says that it is off.
+  function button(text, title, click, more = "") {
+    const element = h("button", { type: "button", class: `ik-button ${more}`, title }, text);
+    element.addEventListener("click", () => isOn(element) && click());
+    return element;
   }
+
+  const isOn = (element) => element.getAttribute("aria-disabled") !== "true";
+  const enable = (element, on) => element.setAttribute("aria-disabled", String(!on));
 
   // -- model --------------------------------------------------------------------------------
 
-  const list = h("datalist", { id: `ik-refs-${++fields}` });
+  const list = h("datalist", { id: unique("refs") });
   const ref = input("ref", { list: list.id, class: "ik-ref", placeholder: "demo, a hub id, a folder or a .gguf file" });
-  ref.addEventListener("keydown", (event) => event.key === "Enter" && act("load"));
-  const device = h("select", {});
-  device.addEventListener("change", () => edit("device", device.value, true));
+  ref.addEventListener("change", () => act("edit"));
+  ref.addEventListener("keydown", (event) => event.key === "Enter" && isOn(load) && act("load"));
+  const device = h("select", {}, h("option", { value: "auto" }, "auto"));
+  device.addEventListener("change", () => edit("device", device.value, 0));
   inputs.device = device;
   const load = button("Load", "Load the model by the plan below", () => act("load"), "ik-main");
   const unload = button("Unload", "Cancel its requests and give its memory back", () => act("unload"));
-  const which = h("select", { "aria-label": "Loaded model to show" });
+  const which = h("select", { "aria-label": "Loaded model to show", hidden: true });
   which.addEventListener("change", () => act("attach", { model: which.value }));
-  const about = h("div", { class: "ik-about" });
-  const plan = h("div", { class: "ik-plan", "aria-live": "polite" });
-  const work = h("div", { class: "ik-work", role: "status", hidden: true });
+  const facts = h("span", {}), fallback = h("div", { class: "ik-note", hidden: true });
+  const plan = h("div", { class: "ik-plan", "aria-live": "polite", hidden: true });
   const failure = h("div", { class: "ik-failure", role: "alert", hidden: true });
   const devices = h("div", { class: "ik-devices" });
   const link = h("div", { class: "ik-link", role: "alert", hidden: true });
+
+  const doing = h("span", { role: "status" }), bar = h("progress", {}), count = h("span", { class: "ik-faint" });
+  const cancel = button("Cancel", "Stop this; the state before comes back", () => act("cancel"));
+  const work = h("div", { class: "ik-work", hidden: true }, doing, bar, count, cancel);
 
   const top = h("section", { class: "ik-section", "aria-label": "Model" },
     h("div", { class: "ik-row" },
@@ -102,61 +141,60 @@ function createPanel(store, model, root) {
     h("div", { class: "ik-row" },
       toggle("quantize", "Precision", ["none", "int8", "nf4", "fp4"], "How weights are kept (bitsandbytes)"),
       toggle("batching", "Batching", ["continuous", "static", "off"], "When a waiting request may start"),
-      setting("max_batch", "Max batch", {}, "Most requests that run at once"),
-      setting("context", "Context", {}, "Most tokens of prompt and output together")),
-    plan, work, failure, about, devices);
+      setting("max_batch", "Max batch", "Most requests that run at once"),
+      setting("context", "Context", "Most tokens of prompt and output together")),
+    plan, work, failure, h("div", { class: "ik-about" }, facts, which, fallback), devices);
 
-  function button(text, title, click, more = "") {
-    return h("button", { type: "button", class: `ik-button ${more}`, title, onclick: click }, text);
-  }
-
-  function drawChoices({ choices, model: current }) {
+  function drawChoices({ choices }) {
     if (!choices) return;
+    const options = (values) => values.map((each) => h("option", { value: each }, each));
     list.replaceChildren(...choices.refs.map((each) => h("option", { value: each })));
-    const names = ["auto", ...choices.devices];
-    const chosen = model.get("form").device;
-    if (!names.includes(chosen)) names.push(chosen);
-    device.replaceChildren(...names.map((each) => h("option", { value: each }, each)));
-    device.value = chosen;
-    which.replaceChildren(...choices.loaded.map((each) => h("option", { value: each }, each)));
+    const chosen = device.value;
+    device.replaceChildren(...options(["auto", ...choices.devices]));
+    choose(device, chosen);
+    which.replaceChildren(...options(choices.loaded));
     which.hidden = choices.loaded.length < 2;
-    if (current) which.value = current.name;
+    which.value = store.parts.model?.name ?? "";
   }
 
-  function drawModel({ model: current, work: busy }) {
-    about.replaceChildren();
-    if (current) {
-      const facts = [current.device, current.dtype, current.quantization,
-        `${current.batching} batching, at most ${current.max_batch}`, `context ${current.context}`];
-      about.append(h("b", {}, current.name), ` is loaded: ${facts.join(" · ")} `, which);
-      if (current.fallback) about.append(h("div", { class: "ik-note" }, `Runs one at a time: ${current.fallback}`));
-    } else {
-      about.append("No model is loaded: choose one and press Load.");
-    }
-    load.disabled = Boolean(busy);
-    unload.disabled = !current || Boolean(busy);
-    [send, copies, lines].forEach((each) => (each.disabled = !current));
-    prompt.placeholder = current ? "Write a prompt" : "Load a model first, then write a prompt";
+  function drawModel({ model }) {
+    facts.replaceChildren(...(model
+      ? [h("b", {}, model.name), ` is loaded: ${[
+        model.device, model.dtype, `precision ${model.quantization}`,
+        `${model.batching} batching, at most ${model.max_batch}`, `context ${model.context}`,
+      ].join(" · ")} `]
+      : ["No model is loaded: choose one and press Load."]));
+    fallback.hidden = !model?.fallback;
+    fallback.textContent = model?.fallback ? `Runs one at a time: ${model.fallback}` : "";
+    which.value = model?.name ?? "";
+    prompt.placeholder = model ? "Write a prompt" : "Load a model first, then write a prompt";
+  }
+
+  // What can be pressed follows from several parts.
+  function drawButtons({ model, plan: told, work: busy }) {
+    enable(load, !busy);
+    enable(unload, Boolean(model) && !busy);
+    [send, copies, lines].forEach((each) => enable(each, Boolean(model)));
     toggles.quantize.disable(Boolean(busy));
+    load.classList.toggle("ik-main", Boolean(told) || !model);
   }
 
   function drawPlan({ plan: told }) {
-    plan.className = "ik-plan" + (told && told.fits === false ? " ik-no" : "");
-    plan.textContent = told ? told.text : "";
+    plan.classList.toggle("ik-no", told?.fits === false);
+    plan.textContent = told?.text ?? "";
     plan.hidden = !told;
-    load.classList.toggle("ik-main", Boolean(told) || !store.parts.model);
   }
 
   function drawWork({ work: told }) {
     work.hidden = !told;
     if (!told) return;
-    const known = told.total > 0;
-    const bar = h("progress", known ? { max: told.total, value: told.done } : {});
+    const known = told.total > 0, unit = told.total > 2 ** 20 ? size : String;
+    if (doing.textContent !== told.what) doing.textContent = told.what;
     bar.setAttribute("aria-label", told.what);
-    const unit = told.total > 2 ** 20 ? size : String;
-    const count = known ? `${unit(told.done)} of ${unit(told.total)}` : "";
-    work.replaceChildren(h("span", {}, told.what), bar, h("span", { class: "ik-faint" }, count));
-    if (told.cancel) work.append(button("Cancel", "Stop this; the state before comes back", () => act("cancel")));
+    if (known) Object.assign(bar, { max: told.total, value: told.done });
+    else bar.removeAttribute("value");
+    count.textContent = known ? `${unit(told.done)} of ${unit(told.total)}` : "";
+    cancel.hidden = !told.cancel;
   }
 
   function drawFailure({ failure: told }) {
@@ -169,25 +207,24 @@ function createPanel(store, model, root) {
   }
 
   function drawDevices({ devices: told }) {
-    if (!told) {
-      devices.replaceChildren(h("span", { class: "ik-faint" }, "Looking for devices …"));
-      return;
-    }
-    devices.replaceChildren(...told.map((each) => {
-      const share = (bytes) => `${each.total ? (100 * bytes) / each.total : 0}%`;
-      const others = Math.max(0, each.total - each.free - each.mine);
-      const text = `${size(each.total - each.free)} of ${size(each.total)} used`;
-      const mine = each.mine ? ` · this model ${size(each.mine)}` : "";
-      return h("div", { class: "ik-device", title: each.description },
-        h("span", { class: "ik-name" }, each.name),
-        h("span", {
-          class: "ik-bar", role: "meter", "aria-label": `Memory of ${each.name}`,
-          "aria-valuemin": 0, "aria-valuemax": each.total, "aria-valuenow": each.total - each.free,
-          "aria-valuetext": text + mine,
-        }, h("i", { class: "ik-mine", style: `width:${share(Math.min(each.mine, each.total - each.free))}` }),
-        h("i", { class: "ik-others", style: `width:${share(others)}` })),
-        h("span", { class: "ik-faint" }, text, mine, ` · ${size(each.free)} free`));
-    }));
+    devices.replaceChildren(...(told
+      ? told.map(deviceRow)
+      : [h("span", { class: "ik-faint" }, "Looking for devices …")]));
+  }
+
+  function deviceRow(each) {
+    const name = h("span", { class: "ik-name" }, each.name);
+    if (!each.total) return h("div", { class: "ik-device" }, name, h("span", { class: "ik-faint" }, each.description));
+    const used = each.total - each.free, mine = Math.min(each.mine, used);
+    const share = (bytes) => `width:${(100 * bytes) / each.total}%`;
+    const text = `${size(used)} of ${size(each.total)} used`
+      + (each.mine ? ` · ${size(each.mine)} planned for this model` : "") + ` · ${size(each.free)} free`;
+    return h("div", { class: "ik-device", title: each.description }, name,
+      h("span", {
+        class: "ik-bar", role: "meter", "aria-label": `Memory of ${each.name}`, "aria-valuetext": text,
+        "aria-valuemin": 0, "aria-valuemax": each.total, "aria-valuenow": used,
+      }, h("i", { class: "ik-mine", style: share(mine) }), h("i", { class: "ik-others", style: share(used - mine) })),
+      h("span", { class: "ik-faint" }, text));
   }
 
   // -- prompt -------------------------------------------------------------------------------
@@ -195,7 +232,7 @@ function createPanel(store, model, root) {
   const prompt = h("textarea", { rows: 3, class: "ik-prompt" });
   prompt.addEventListener("input", () => edit("prompt", prompt.value));
   inputs.prompt = prompt;
-  const count = input("copies", { inputmode: "numeric", size: 3, "aria-label": "Number of copies" });
+  const number = input("copies", { inputmode: "numeric", size: 3, "aria-label": "Number of copies" });
   const send = button("Send", "Send the prompt (Ctrl-Enter)", () => act("send", { how: "one" }), "ik-main");
   const copies = button("Send copies", "Send the prompt so many times at once", () => act("send", { how: "copies" }));
   const lines = button("Send each line", "Each line is a prompt of its own", () => act("send", { how: "lines" }));
@@ -203,42 +240,37 @@ function createPanel(store, model, root) {
   const copy = button("Copy as code", "The cell that repeats this", copyCode);
   const keep = button("Keep figure", "Show the plot below as a plotly figure", () => act("keep"));
   const code = h("div", { class: "ik-code", hidden: true });
-  const chat = h("input", { type: "checkbox" });
-  chat.addEventListener("change", () => edit("chat", chat.checked, true));
-  inputs.chat = chat;
-  const eos = h("input", { type: "checkbox" });
-  eos.addEventListener("change", () => edit("ignore_eos", eos.checked, true));
-  inputs.ignore_eos = eos;
+  const wrongCopies = h("div", { class: "ik-wrong", role: "alert", id: unique("wrong"), hidden: true });
+  number.setAttribute("aria-describedby", wrongCopies.id);
+  shown.copies = { wrong(text = "") {
+    if (wrongCopies.textContent === text) return;
+    wrongCopies.textContent = text;
+    wrongCopies.hidden = !text;
+    number.setAttribute("aria-invalid", String(Boolean(text)));
+  } };
 
   const sampled = SAMPLING.map(([name, label, usual, hint]) =>
     labelled(name, label, input(name, { placeholder: usual, size: name === "stop" ? 14 : 6 }), hint));
   const bottom = h("section", { class: "ik-section", "aria-label": "Prompt" },
     labelled("prompt", "Prompt", prompt),
     h("div", { class: "ik-row ik-tools" },
-      h("div", { class: "ik-buttons" }, send, copies, count, lines, stop),
+      h("div", { class: "ik-buttons" }, send, copies, number, lines, stop),
       h("div", { class: "ik-buttons" }, copy, keep)),
-    h("div", { class: "ik-wrong", role: "alert", hidden: true }),
-    h("div", { class: "ik-row" },
-      ...sampled.slice(0, FIRST_ROW),
-      h("label", { class: "ik-check", title: "Put the model's chat template around the prompt" }, chat, "Chat template")),
+    wrongCopies,
+    h("div", { class: "ik-row" }, ...sampled.slice(0, FIRST_ROW),
+      checkbox("chat", "Chat template", "Put the model's chat template around the prompt")),
     h("details", { class: "ik-more" }, h("summary", {}, "More sampling"),
       h("div", { class: "ik-row" }, ...sampled.slice(FIRST_ROW),
-        h("label", { class: "ik-check", title: "Go on past the end token, for timing a fixed length" }, eos, "Ignore end token"))),
+        checkbox("ignore_eos", "Ignore end token", "Go on past the end token, for timing a fixed length"))),
     code);
-  shown.copies = { wrong(text) {
-    const message = bottom.querySelector(":scope > .ik-wrong");
-    message.textContent = text ?? "";
-    message.hidden = !text;
-    count.setAttribute("aria-invalid", String(Boolean(text)));
-  } };
 
   function copyCode() {
     const text = store.parts.code ?? "";
-    code.hidden = false;
-    const box = h("pre", { tabindex: 0 }, text);
     const said = h("span", { role: "status", class: "ik-faint" });
+    code.hidden = false;
     code.replaceChildren(
-      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true))), box);
+      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true))),
+      h("pre", { tabindex: 0 }, text));
     copyText(text).then((done) => {
       said.textContent = done ? "Copied: paste it into a cell." : "Select it and copy it into a cell.";
     });
@@ -247,92 +279,63 @@ function createPanel(store, model, root) {
   // -- requests -----------------------------------------------------------------------------
 
   const cards = new Map();
-  const folded = h("div", { class: "ik-faint", hidden: true });
+  const others = h("div", { class: "ik-faint", hidden: true });
   const requests = h("section", { class: "ik-requests", "aria-label": "Requests" });
-  const live = h("div", { class: "ik-now", "aria-live": "off" });
-  const summary = h("div", { class: "ik-summary", role: "status" });
+  const live = h("div", { class: "ik-now" });
+  const summary = h("div", { class: "ik-summary", role: "status", hidden: true });
 
-  function createCard(number) {
-    const title = h("span", { class: "ik-title" });
-    const state = h("span", { class: "ik-state" });
-    const asked = h("span", { class: "ik-asked" });
-    const text = h("div", { class: "ik-text", tabindex: 0, "aria-label": `Answer ${number}` });
-    const facts = h("span", { class: "ik-faint" });
-    const end = button("Stop", `Stop request ${number}`, () => act("stop", { number }), "ik-small");
-    const element = h("article", { class: "ik-card", "aria-label": `Request ${number}` },
-      h("header", {}, h("i", { class: "ik-colour", style: `background:${DOTS[number % DOTS.length]}` }),
-        title, state, facts, end), asked, text);
-    let version = 0;
-    return {
-      element,
-      draw(told) {
-        if (told.version === version) return;
-        version = told.version;
-        const over = OVER.has(told.status);
-        const follow = text.scrollHeight - text.scrollTop - text.clientHeight < 24;
-        title.textContent = `#${number}`;
-        state.textContent = told.status;
-        state.className = `ik-state ik-is-${told.status}`;
-        asked.textContent = told.prompt;
-        asked.title = told.origin === "panel" ? "Sent from the panel" : "Sent by a cell";
-        text.textContent = told.error ? `${told.text}\n${told.error}` : told.text;
-        if (follow) text.scrollTop = text.scrollHeight;
-        facts.textContent = [told.origin === "cell" ? "from a cell" : "", `${told.tokens} tokens`, ...times(told)].filter(Boolean).join(" · ");
-        end.hidden = over;
-      },
-    };
-  }
-
-  function times({ ms: told, mode }) {
-    if (!told) return [];
-    const parts = [["TTFT", told.ttft], ["TPOT", told.tpot], ["queue", told.queue]];
-    return [...parts.filter(([, value]) => value != null).map(([name, value]) => `${name} ${ms(value)} ms`), mode];
+  // Those that run, then those that wait, then those that ended last.
+  function visible() {
+    const all = [...store.requests.values()];
+    const ended = all.filter(({ status }) => OVER.has(status)).reverse();
+    const picked = all.filter(({ status }) => status === "running");
+    picked.push(...all.filter(({ status }) => status === "waiting"), ...ended);
+    return picked.slice(0, CARDS).map((each) => each.number).sort((a, b) => b - a);
   }
 
   function drawRequests() {
-    const numbers = [...store.requests.keys()].sort((a, b) => b - a);
-    const visible = new Set(numbers.slice(0, CARDS));
-    for (const [number, card] of cards) {
-      if (!visible.has(number)) {
+    const numbers = visible(), seen = new Set(numbers);
+    for (const [each, card] of cards) {
+      if (!seen.has(each)) {
         card.element.remove();
-        cards.delete(number);
+        cards.delete(each);
       }
     }
     let before = null;
-    for (const number of visible) {
-      if (!cards.has(number)) {
-        cards.set(number, createCard(number));
-        const { element } = cards.get(number);
+    for (const each of numbers) {
+      if (!cards.has(each)) {
+        cards.set(each, createCard(each, (wanted) => act("stop", { number: wanted }), button));
+        const { element } = cards.get(each);
         if (before) before.after(element);
         else requests.prepend(element);
       }
-      const card = cards.get(number);
-      card.draw(store.requests.get(number));
-      before = card.element;
+      cards.get(each).draw(store.requests.get(each));
+      before = cards.get(each).element;
     }
-    folded.hidden = numbers.length <= CARDS;
-    folded.textContent = `${numbers.length - CARDS} older requests are not shown.`;
-    keep.disabled = numbers.length === 0;
+    const more = store.requests.size - numbers.length;
+    others.hidden = more === 0;
+    others.textContent = `${more} more requests are not shown.`;
+    enable(keep, numbers.length > 0);
   }
 
   function drawNow() {
-    const now = store.now;
-    if (!now) return;
-    const busy = now.running + now.waiting > 0;
-    stop.disabled = !busy;
+    const { now } = store;
+    const busy = now?.running + now?.waiting > 0;
+    enable(stop, busy);
     root.classList.toggle("ik-busy", busy);
-    const number = (value, unit) => (value == null ? "–" : `${ms(value)} ${unit}`);
+    if (!now) return;
+    const gap = (value) => (value == null ? "–" : `${ms(value)} ms`);
     live.replaceChildren(
       h("b", {}, busy ? now.rate.toFixed(1) : "0"), " tokens/s",
-      ` · ITL p50 ${number(now.p50, "ms")}, p99 ${number(now.p99, "ms")}`,
+      ` · ITL of the last 10 s: p50 ${gap(now.p50)}, p99 ${gap(now.p99)}`,
       ` · ${now.running} running, ${now.waiting} waiting`);
   }
 
   function drawSummary({ summary: told }) {
-    summary.hidden = !told;
-    if (!told) return;
-    summary.replaceChildren(...told.flatMap(([name, value]) => [
-      h("span", { class: "ik-fact" }, h("span", { class: "ik-faint" }, `${name} `), h("b", {}, value))]));
+    summary.hidden = !told?.length;
+    if (summary.hidden) return;
+    summary.replaceChildren(...told.map(([name, value]) =>
+      h("span", { class: "ik-fact" }, h("span", { class: "ik-faint" }, `${name} `), h("b", {}, value))));
     plot.describe(`Latency of each token over time. ${told.map((pair) => pair.join(" ")).join(", ")}`);
   }
 
@@ -344,24 +347,22 @@ function createPanel(store, model, root) {
 
   function drawLink() {
     link.hidden = !store.dead;
-    const gone = store.dead.startsWith("The kernel");
-    link.textContent = gone
+    link.textContent = store.gone
       ? `${store.dead}: this panel is no longer connected. Run its cell again for a new one; what is shown stays.`
       : `${store.dead} for some seconds: it may be busy, or gone. This goes away when it answers.`;
     root.classList.toggle("ik-dead", Boolean(store.dead));
-    body.inert = gone && Boolean(store.dead);
+    body.inert = store.gone;
   }
 
-  function drawParts() {
-    const { parts } = store;
-    drawChoices(parts);
-    drawModel(parts);
-    drawPlan(parts);
-    drawWork(parts);
-    drawFailure(parts);
-    drawDevices(parts);
-    drawSummary(parts);
-    drawErrors(parts);
+  const draws = {
+    form: [drawForm], choices: [drawChoices, drawForm], devices: [drawDevices], errors: [drawErrors],
+    model: [drawModel, drawButtons], plan: [drawPlan, drawButtons], work: [drawWork, drawButtons],
+    failure: [drawFailure], summary: [drawSummary],
+  };
+
+  function drawParts(names) {
+    const wanted = new Set(names.flatMap((name) => draws[name] ?? []));
+    wanted.forEach((draw) => draw(store.parts));
   }
 
   function drawUpdate() {
@@ -379,33 +380,88 @@ function createPanel(store, model, root) {
   const plot = createPlot(store, root);
   const body = h("div", { class: "ik-body" }, top, bottom,
     h("section", { class: "ik-section", "aria-label": "Latency" }, live, plot.element, summary),
-    requests, folded);
+    requests, others);
   root.append(link, body);
 
   root.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      event.stopPropagation();
-      if (!send.disabled) act("send", { how: "one" });
-    } else if (event.key === "Escape") {
-      event.preventDefault();
-      event.stopPropagation();
-      act("stop");
-    }
+    const handled = keyPressed(event);
+    if (!handled) return;
+    event.preventDefault();
+    event.stopPropagation();
   });
-  const draw = { parts: drawParts, update: later, link: drawLink };
-  unlisten.push(store.listen((what) => draw[what]()));
-  model.on("change:form", fill);
-  unlisten.push(() => model.off("change:form", fill));
-  fill();
-  drawParts();
+
+  function keyPressed(event) {
+    if (event.isComposing) return false;
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      if (isOn(send) && !event.repeat) act("send", { how: "one" });
+      return true;
+    }
+    // In a box with a list Esc closes the list.
+    if (event.key !== "Escape" || event.target.matches("select, input[list]")) return false;
+    act("stop");
+    return true;
+  }
+
+  root.addEventListener("focusout", () => setTimeout(() => drawForm(store.parts)));
+
+  const unlisten = store.listen((what, names) => {
+    if (what === "parts") drawParts(names);
+    else if (what === "update") later();
+    else drawLink();
+  });
+  drawParts(Object.keys(draws));
   drawUpdate();
   drawLink();
-  stop.disabled = !(store.now?.running + store.now?.waiting > 0);
-  keep.disabled = store.requests.size === 0;
   return () => {
     clearTimeout(timer);
-    unlisten.forEach((end) => end());
+    unlisten();
     plot.destroy();
+  };
+}
+
+// A request: its status and numbers, its prompt in a line, its answer as it comes.
+function createCard(number, stopIt, button) {
+  const state = h("span", {}), asked = h("span", { class: "ik-asked" });
+  const facts = h("span", { class: "ik-faint" });
+  const answer = document.createTextNode("");
+  const text = h("div", { class: "ik-text" }, answer), error = h("div", { class: "ik-wrong", hidden: true });
+  const stop = button("Stop", `Stop request ${number}`, () => stopIt(number), "ik-small");
+  const element = h("article", { class: "ik-card", "aria-label": `Request ${number}` },
+    h("header", {}, h("i", { class: "ik-colour", style: `background:${DOTS[number % DOTS.length]}` }),
+      h("span", { class: "ik-title" }, `#${number}`), state, facts, stop), asked, text, error);
+  let version = 0;
+
+  function grow(whole) {
+    // What is there stays, so that it can be selected while more comes.
+    if (whole.startsWith(answer.data)) answer.appendData(whole.slice(answer.data.length));
+    else answer.data = whole;
+  }
+
+  function times({ ms: told, mode }) {
+    if (!told) return [];
+    const parts = [["TTFT", told.ttft], ["TPOT", told.tpot], ["queue", told.queue]];
+    const known = parts.filter(([, value]) => value != null);
+    return [...known.map(([name, value]) => `${name} ${ms(value)} ms`), `precision ${mode}`];
+  }
+
+  return {
+    element,
+    draw(told) {
+      if (told.version === version) return;
+      version = told.version;
+      const over = OVER.has(told.status);
+      const follows = !over && text.scrollHeight - text.scrollTop - text.clientHeight < 24;
+      state.textContent = told.status;
+      state.className = `ik-state ik-is-${told.status}`;
+      asked.textContent = told.prompt;
+      asked.title = told.prompt;
+      grow(told.text);
+      error.textContent = told.error ?? "";
+      error.hidden = !told.error;
+      if (follows) text.scrollTop = text.scrollHeight;
+      const from = told.origin === "panel" ? [] : ["from a cell"];
+      facts.textContent = [...from, `${told.tokens} tokens`, ...times(told)].join(" · ");
+      stop.hidden = over;
+    },
   };
 }

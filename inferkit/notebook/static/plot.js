@@ -12,10 +12,7 @@ const DOTS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION];
 const REDRAW = 100; // ms between two redraws, at least
 const WINDOWS = [[30, "30 s"], [300, "5 min"], [Infinity, "All"]];
 const LEFT = 58; // px for the axis, so that the plots are aligned
-const BREAK = 1; // s without a token, over which no line is drawn
-const PAUSE = 0.05; // s without a step, from which on nothing was running
 
-const RUNNING = 4, WAITING = 5, KV = 6; // columns of the steps
 const MIB = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
   .map((each) => each * 2 ** 20);
 
@@ -28,71 +25,6 @@ function clock(seconds) {
   if (!whole) return `${+seconds.toFixed(2)} s`;
   const rest = +(seconds - 60 * whole).toFixed(1);
   return `${whole}:${String(rest).padStart(rest % 1 ? 4 : 2, "0")}`;
-}
-
-// The first index whose value is not less.
-function lowerBound(sorted, value) {
-  let low = 0, high = sorted.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (sorted[middle] < value) low = middle + 1;
-    else high = middle;
-  }
-  return low;
-}
-
-// The index of the value nearest to this one, or -1.
-function nearest(sorted, value) {
-  const after = lowerBound(sorted, value);
-  if (after === 0 || after < sorted.length && sorted[after] - value < value - sorted[after - 1]) {
-    return after < sorted.length ? after : -1;
-  }
-  return after - 1;
-}
-
-// The rolling quantiles, with a break where no token came for a while.
-function broken(levels, made) {
-  if (made.from > levels[0].length || made.source !== levels) {
-    Object.assign(made, { from: 0, source: levels, data: [[], [], []] });
-  }
-  const [x, p50, p99] = made.data;
-  for (let i = made.from; i < levels[0].length; i++) {
-    if (i && levels[0][i] - levels[0][i - 1] > BREAK) {
-      x.push(levels[0][i] - 1e-6);
-      p50.push(null);
-      p99.push(null);
-    }
-    x.push(levels[0][i]);
-    p50.push(levels[1][i]);
-    p99.push(levels[2][i]);
-  }
-  made.from = levels[0].length;
-  return made.data;
-}
-
-// Columns of the steps over time, as lines that are zero where nothing ran.
-function stepwise(steps, picked, made) {
-  const [times, durations] = steps;
-  if (made.from > times.length || made.source !== steps) {
-    const data = [[], ...picked.map(() => [])];
-    Object.assign(made, { from: 0, end: -1, source: steps, data });
-  }
-  const [x, ...lines] = made.data;
-  const add = (time, value) => (x.push(time), lines.forEach((line, c) => line.push(value(picked[c]))));
-  const nothing = () => 0;
-  // At the end of the last step nothing runs, if no other follows: put in anew each time.
-  if (made.from) made.data.forEach((column) => column.pop());
-  for (let i = made.from; i < times.length; i++) {
-    if (times[i] - made.end > PAUSE) {
-      if (made.end >= 0) add(made.end, nothing);
-      add(Math.max(times[i] - 1e-6, made.end), nothing);
-    }
-    add(times[i], (column) => steps[column][i]);
-    made.end = times[i] + durations[i] / 1e3;
-  }
-  if (times.length) add(made.end, nothing);
-  made.from = times.length;
-  return made.data;
 }
 
 function createPlot(store, root) {
@@ -119,7 +51,7 @@ function createPlot(store, root) {
   let theme = readTheme();
   let plots = [], timeline = [];
   const levels = {}, load = {}, kept = {}; // what the plots are given, which grows
-  const sync = uPlot.sync(`inferkit-${(globalThis.__inferkit_plots = (globalThis.__inferkit_plots ?? 0) + 1)}`);
+  const sync = uPlot.sync(unique("sync"));
 
   function readTheme() {
     const style = getComputedStyle(root);
@@ -454,6 +386,7 @@ function createPlot(store, root) {
     scheduled = false;
     if (!element.isConnected) return;
     drawn = performance.now();
+    theme = readTheme();
     const { steps } = store.tables;
     const some = steps[0].length > 0 || store.tables.firsts[0].length > 0;
     empty.hidden = some;
@@ -492,10 +425,14 @@ function createPlot(store, root) {
     schedule();
   }
 
+  // A theme's style sheet comes some time after its name.
   function recolour() {
+    for (const wait of [0, 200, 1_000]) setTimeout(repaint, wait);
+  }
+
+  function repaint() {
     theme = readTheme();
     [...plots, ...timeline].forEach((each) => each.redraw(false, true));
-    tellLegend();
   }
 
   const watcher = new ResizeObserver(resize);

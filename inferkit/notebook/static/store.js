@@ -6,7 +6,8 @@
 const COLUMNS = { tokens: 3, firsts: 3, levels: 3, steps: 7 };
 const WATCH_EVERY = 10_000; // ms; the kernel stops to send some time after the last one
 const SILENT_AFTER = 8_000; // ms; it says something every two seconds
-const REQUESTS_KEPT = 200;
+const ENDED_KEPT = 200;
+const OVER = new Set(["stop", "length", "cancelled", "error"]); // statuses of a request
 
 const emptyTable = (width) => Array.from({ length: width }, () => []);
 
@@ -18,17 +19,17 @@ function createStore(model) {
     requests: new Map(), // by number
     now: null,
     connected: false,
-    dead: "", // why nothing comes any more
-    epoch: 0, // counts the times that all was sent anew
+    dead: "", // why nothing comes: no word for a while, or...
+    gone: false, // ...its kernel is no more
     watchers: 0,
   };
   const listeners = new Set();
-  let heard = performance.now();
+  let heard = performance.now(), watched = 0;
   let timer = 0;
 
   for (const [name, width] of Object.entries(COLUMNS)) store.tables[name] = emptyTable(width);
 
-  const tell = (what) => listeners.forEach((listener) => listener(what));
+  const tell = (what, names) => listeners.forEach((listener) => listener(what, names));
 
   function addRows(told, buffer) {
     const width = COLUMNS[told.name];
@@ -49,25 +50,31 @@ function createStore(model) {
     const request = { ...known, ...told, text, version: (known.version ?? 0) + 1 };
     delete request.add;
     store.requests.set(told.number, request);
-    for (const number of store.requests.keys()) {
-      if (store.requests.size <= REQUESTS_KEPT) break;
-      store.requests.delete(number);
+  }
+
+  // Those that wait or run stay, however many there are.
+  function forgetOld() {
+    let more = store.requests.size - ENDED_KEPT;
+    if (more <= 0) return;
+    for (const [number, { status }] of store.requests) {
+      if (more <= 0) break;
+      if (OVER.has(status) && store.requests.delete(number)) more--;
     }
   }
 
   const receive = {
     state(message) {
       Object.assign(store.parts, message.parts);
-      tell("parts");
+      tell("parts", Object.keys(message.parts));
     },
     update(message, buffers) {
       if (message.whole) {
         store.requests.clear();
         store.marks = [];
-        store.epoch++;
       }
       message.tables.forEach((told, i) => addRows(told, buffers[i]));
       message.requests.forEach(addRequest);
+      forgetOld();
       store.marks.push(...message.marks);
       store.now = message.now;
       tell("update");
@@ -85,7 +92,7 @@ function createStore(model) {
     }
     receive[message.type](message, buffers ?? []);
   });
-  model.on("comm_live_update", () => lost("The kernel was restarted or shut down"));
+  model.on("comm_live_update", left);
 
   function lost(why) {
     if (store.dead === why) return;
@@ -93,26 +100,30 @@ function createStore(model) {
     tell("link");
   }
 
+  function left() {
+    store.gone = true;
+    lost("The kernel was restarted or shut down");
+  }
+
   function look() {
-    if (document.hidden) return;
+    if (document.hidden || store.gone) return;
     const silent = performance.now() - heard;
     if (silent > SILENT_AFTER && !store.dead) lost("No word from the kernel");
     if (performance.now() - watched >= WATCH_EVERY) send({ type: "watch" });
   }
 
-  let watched = 0;
   function send(message) {
     watched = performance.now();
     try {
       model.send(message);
     } catch {
-      lost("The kernel was restarted or shut down");
+      left();
     }
   }
 
   // A page that was hidden has missed what was not sent to it.
   function shown() {
-    if (document.hidden || !store.watchers) return;
+    if (document.hidden || store.gone || !store.watchers) return;
     heard = performance.now();
     send({ type: "hello" });
   }
@@ -122,7 +133,7 @@ function createStore(model) {
     if (store.watchers++ === 0) {
       timer = setInterval(look, 1_000);
       document.addEventListener("visibilitychange", shown);
-      if (store.connected) shown();
+      shown(); // nobody has listened until now
     }
     return () => {
       listeners.delete(listener);
@@ -138,6 +149,5 @@ function createStore(model) {
     document.removeEventListener("visibilitychange", shown);
     listeners.clear();
   };
-  send({ type: "hello" });
   return store;
 }

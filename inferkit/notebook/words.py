@@ -1,0 +1,23 @@
+"""Words as people type them: quotes taken off, and strings with line ends in them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+
+def split(text: str) -> list[str]:
+    """The words of a line; quotes are taken off, and a backslash is one, as in a Windows path.
+
+    Raises:
+        ValueError: A quote is not closed.
+    """
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
+    return list(lexer)
+
+
+def unescaped(text: str) -> str:
+    r"""A stop string as it is typed: \n, \t and \\ are what they are in Python."""
+    known = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: known[found[1]], text)
