@@ -387,7 +387,8 @@ _LIBRARY = """async ([name, points]) => {
   const y = x.map((_, i) => 40 + 8 * Math.sin(i) + (i % 7));
   const element = document.createElement("div");
   document.body.append(element);
-  const frame = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const frame = () =>
+    new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
   let began = performance.now(), redraw;
   if (name === "uPlot") {
     const plot = new uPlot({ width: 900, height: 260, scales: { x: { time: false } },

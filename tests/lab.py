@@ -45,7 +45,7 @@ _CONTRASTS = """selector => {
   };
   const opacity = e => e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
   const own = e => [...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.trim());
-  const read = e => own(e) && !e.closest(':disabled') && e.checkVisibility();
+  const read = e => own(e) && !e.closest(':disabled, [aria-disabled=true]') && e.checkVisibility();
   return [...document.querySelectorAll(selector)].filter(read).map(e => {
     const style = getComputedStyle(e), back = behind(e);
     const ink = channels(e instanceof SVGElement ? style.fill : style.color);

@@ -116,7 +116,7 @@ class PanelView:
         return self.field(label).locator(".ik-wrong")
 
     def mode(self, name: str) -> Locator:
-        return self.root.locator(f"button[role=radio]:text-is('{name}')")
+        return self.root.locator(f".ik-segments button:text-is('{name}')")
 
     def fill(self, values: dict[str, str | bool]) -> None:
         for label, value in values.items():
@@ -176,7 +176,7 @@ class PanelView:
 
     def quantize(self, mode: str) -> None:
         self.mode(mode).click()
-        expect(self.about).to_contain_text(f" · {mode} · ")
+        expect(self.about).to_contain_text(f" · precision {mode} · ")
         expect(self.root.locator(".ik-work")).to_be_hidden()
 
     def figure(self) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def empty(tidy: PanelView) -> PanelView:
 @pytest.fixture
 def panel(tidy: PanelView) -> PanelView:
     """The panel with the demo model, loaded by clicking."""
-    if tidy.mode("none").get_attribute("aria-checked") != "true":
+    if tidy.mode("none").get_attribute("aria-pressed") != "true":
         if tidy.button("Unload").is_enabled():
             tidy.unload()  # to load it again is faster than to change it
         tidy.mode("none").click()
@@ -328,7 +328,9 @@ def test_a_plan_is_shown_before_the_model_is_loaded_by_a_click(empty: PanelView)
     wait_for(lambda: needed() == whole or None)
 
     empty.button("Load").click()
-    expect(empty.about).to_contain_text("is loaded: cpu · bfloat16 · none · continuous batching")
+    expect(empty.about).to_contain_text(
+        "is loaded: cpu · bfloat16 · precision none · continuous batching"
+    )
     expect(plan).to_be_hidden()
     expect(empty.root.locator(".ik-devices")).to_contain_text("this model")
     expect(empty.button("Send")).to_be_enabled()
@@ -720,12 +722,14 @@ def test_two_views_show_the_same_panel_over_a_loaded_model(
     tab = notebook("views.ipynb", f"{LOAD}\npanel = ik.Panel()\npanel", "panel")
     tab.run(0)
     one, two = view(tab, 0), view(tab, 1)
-    expect(one.about).to_contain_text(" · none · static batching, at most 2 · context 4096")
+    expect(one.about).to_contain_text(
+        " · precision none · static batching, at most 2 · context 4096"
+    )
     tab.run(1)
     expect(two.about).to_have_text(LOADED)
     assert two.about.inner_text() == one.about.inner_text()
     for each in (one, two):
-        expect(each.mode("static")).to_have_attribute("aria-checked", "true")
+        expect(each.mode("static")).to_have_attribute("aria-pressed", "true")
         expect(each.input("Max batch")).to_have_value("2")
 
     one.input("Prompt").press_sequentially("My name")
@@ -741,7 +745,7 @@ def test_two_views_show_the_same_panel_over_a_loaded_model(
     assert one.cards.count() == two.cards.count()
     one.mode("off").click()
     expect(two.about).to_contain_text("off batching")
-    expect(two.mode("off")).to_have_attribute("aria-checked", "true")
+    expect(two.mode("off")).to_have_attribute("aria-pressed", "true")
     assert tab.errors == []
 
 

@@ -46,7 +46,7 @@ _NUMBERS: dict[str, type] = {
     "repetition_penalty": float,
 }
 _MOST_PROMPTS = 1000
-_DIGITS = 18  # of a whole number
+_LONGEST = 18  # characters of a whole number
 
 
 class FormError(OptionError):
@@ -171,11 +171,7 @@ def prompts(form: Form, how: str) -> list[str]:
 
 def _whole(example: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            number = _integer(text)
-        except ValueError:
-            wrong = f"{_shown(text)} is no whole number that can be; write one, as {example}."
-            raise ValueError(wrong) from None
+        number = _integer(text, f"; write one, as {example}.")
         if number < 1:
             raise ValueError(f"{number} is too small; write 1 or more, as {example}.")
         return number
@@ -185,31 +181,31 @@ def _whole(example: int) -> Callable[[str], int]:
 
 def _number(kind: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
+        if kind is int:
+            return _integer(text)
         try:
-            return _integer(text) if kind is int else float(text.replace("_", ""))
+            return float(text.replace("_", ""))
         except ValueError:
-            what = "whole number that can be" if kind is int else "number"
-            raise ValueError(f"{_shown(text)} is no {what}.") from None
+            raise ValueError(f"{_shown(text)} is no number.") from None
 
     return parse
 
 
 def _seed(text: str) -> int:
+    return _integer(text, "; write one, or “random”.")
+
+
+def _integer(text: str, hint: str = ".") -> int:
+    if len(text) > _LONGEST:  # a larger number would overflow wherever it becomes a float
+        raise ValueError(f"{_shown(text)} is too long for a number{hint}")
     try:
-        return _integer(text)
+        return int(text.replace("_", ""))
     except ValueError:
-        wrong = f"{_shown(text)} is no whole number that can be; write one, or “random”."
-        raise ValueError(wrong) from None
-
-
-def _integer(text: str) -> int:
-    if len(text) > _DIGITS:  # more would overflow wherever it is used as a float
-        raise ValueError
-    return int(text.replace("_", ""))
+        raise ValueError(f"{_shown(text)} is no whole number{hint}") from None
 
 
 def _copies(text: str) -> int:
-    if not text.isdecimal() or len(text) > _DIGITS or not 1 <= int(text) <= _MOST_PROMPTS:
+    if not text.isdecimal() or len(text) > _LONGEST or not 1 <= int(text) <= _MOST_PROMPTS:
         raise ValueError(f"Copies: {_shown(text)} is no number from 1 to {_MOST_PROMPTS}.")
     return int(text)
 
