@@ -281,7 +281,8 @@ function createPanel(store, root) {
   const cards = new Map();
   const others = h("div", { class: "ik-faint", hidden: true });
   const requests = h("section", { class: "ik-requests", "aria-label": "Requests" });
-  const live = h("div", { class: "ik-now" });
+  const rate = h("b", {}, "0"), rest = document.createTextNode(" tokens/s");
+  const live = h("div", { class: "ik-now" }, rate, rest);
   const summary = h("div", { class: "ik-summary", role: "status", hidden: true });
 
   // Those that run, then those that wait, then those that ended last.
@@ -325,10 +326,9 @@ function createPanel(store, root) {
     root.classList.toggle("ik-busy", busy);
     if (!now) return;
     const gap = (value) => (value == null ? "–" : `${ms(value)} ms`);
-    live.replaceChildren(
-      h("b", {}, busy ? now.rate.toFixed(1) : "0"), " tokens/s",
-      ` · ITL of the last 10 s: p50 ${gap(now.p50)}, p99 ${gap(now.p99)}`,
-      ` · ${now.running} running, ${now.waiting} waiting`);
+    rate.textContent = busy ? now.rate.toFixed(1) : "0";
+    rest.data = ` tokens/s · ITL of the last 10 s: p50 ${gap(now.p50)}, p99 ${gap(now.p99)}`
+      + ` · ${now.running} running, ${now.waiting} waiting`;
   }
 
   function drawSummary({ summary: told }) {
@@ -370,14 +370,7 @@ function createPanel(store, root) {
     drawNow();
   }
 
-  let waits = false;
-  function later() {
-    if (waits) return;
-    waits = true;
-    requestAnimationFrame(() => ((waits = false), drawUpdate()));
-  }
-
-  const plot = createPlot(store, root);
+  const plot = createPlot(store, root, drawUpdate);
   const body = h("div", { class: "ik-body" }, top, bottom,
     h("section", { class: "ik-section", "aria-label": "Latency" }, live, plot.element, summary),
     requests, others);
@@ -406,8 +399,7 @@ function createPanel(store, root) {
 
   const unlisten = store.listen((what, names) => {
     if (what === "parts") drawParts(names);
-    else if (what === "update") later();
-    else drawLink();
+    else if (what === "link") drawLink();
   });
   drawParts(Object.keys(draws));
   drawUpdate();
@@ -424,7 +416,7 @@ function createCard(number, stopIt, button) {
   const state = h("span", {}), asked = h("span", { class: "ik-asked" });
   const facts = h("span", { class: "ik-faint" });
   const answer = document.createTextNode("");
-  const text = h("div", { class: "ik-text" }, answer), error = h("div", { class: "ik-wrong", hidden: true });
+  const text = h("div", { class: "ik-text" }, h("div", {}, answer)), error = h("div", { class: "ik-wrong", hidden: true });
   const stop = button("Stop", `Stop request ${number}`, () => stopIt(number), "ik-small");
   const element = h("article", { class: "ik-card", "aria-label": `Request ${number}` },
     h("header", {}, h("i", { class: "ik-colour", style: `background:${DOTS[number % DOTS.length]}` }),
@@ -450,7 +442,6 @@ function createCard(number, stopIt, button) {
       if (told.version === version) return;
       version = told.version;
       const over = OVER.has(told.status);
-      const follows = !over && text.scrollHeight - text.scrollTop - text.clientHeight < 24;
       state.textContent = told.status;
       state.className = `ik-state ik-is-${told.status}`;
       asked.textContent = told.prompt;
@@ -458,7 +449,6 @@ function createCard(number, stopIt, button) {
       grow(told.text);
       error.textContent = told.error ?? "";
       error.hidden = !told.error;
-      if (follows) text.scrollTop = text.scrollHeight;
       const from = told.origin === "panel" ? [] : ["from a cell"];
       facts.textContent = [...from, `${told.tokens} tokens`, ...times(told)].join(" · ");
       stop.hidden = over;

@@ -27,7 +27,8 @@ function clock(seconds) {
   return `${whole}:${String(rest).padStart(rest % 1 ? 4 : 2, "0")}`;
 }
 
-function createPlot(store, root) {
+// `alongside` is called in the same frame, for what else is drawn of an update: one frame, one layout.
+function createPlot(store, root, alongside = () => {}) {
   const element = h("div", { class: "ik-plot" });
   const figure = h("div", { role: "img", "aria-label": "Latency of each token over time" });
   const legend = h("div", { class: "ik-legend", "aria-hidden": "true" });
@@ -368,16 +369,20 @@ function createPlot(store, root) {
     readout.textContent = parts.join(" · ");
   }
 
+  const p50 = document.createTextNode("p50"), p99 = document.createTextNode("p99");
+  legend.append(
+    h("span", {}, h("i", { class: "ik-dot" }), "ITL"),
+    h("span", {}, h("i", { class: "ik-line" }), p50),
+    h("span", {}, h("i", { class: "ik-line ik-dashed" }), p99),
+    h("span", {}, h("i", { class: "ik-diamond" }), "TTFT"),
+    swatch(BLUE, "running"),
+    swatch(ORANGE, "waiting"));
+
   function tellLegend() {
-    const now = store.now ?? {};
+    const { now } = store;
     const level = (value) => (value == null ? "" : ` ${ms(value)} ms`);
-    legend.replaceChildren(
-      h("span", {}, h("i", { class: "ik-dot" }), "ITL"),
-      h("span", {}, h("i", { class: "ik-line" }), `p50${level(now.p50)}`),
-      h("span", {}, h("i", { class: "ik-line ik-dashed" }), `p99${level(now.p99)}`),
-      h("span", {}, h("i", { class: "ik-diamond" }), "TTFT"),
-      swatch(BLUE, "running"),
-      swatch(ORANGE, "waiting"));
+    p50.data = `p50${level(now?.p50)}`;
+    p99.data = `p99${level(now?.p99)}`;
   }
 
   // -- when ---------------------------------------------------------------------------------
@@ -386,7 +391,8 @@ function createPlot(store, root) {
     scheduled = false;
     if (!element.isConnected) return;
     drawn = performance.now();
-    theme = readTheme();
+    theme = readTheme(); // before anything changes, or the page would be laid out for it
+    alongside();
     const { steps } = store.tables;
     const some = steps[0].length > 0 || store.tables.firsts[0].length > 0;
     empty.hidden = some;
