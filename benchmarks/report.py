@@ -23,6 +23,7 @@ def markdown(results: dict[str, Any]) -> str:
         "memory": _memory,
         "plan": _plan,
         "modes": _modes,
+        "panel": _panel,
         "imports": _imports,
     }
     found = [_heading(results)]
@@ -72,6 +73,18 @@ def targets(results: dict[str, Any]) -> Iterator[tuple[str, str, str, bool]]:
         share = 100 * worst["peak"] / _both(worst)
         name = f"memory while toggling / with both versions, the worst ({_pair(worst)})"
         yield name, "< 100 %", f"{share:.0f} %", share < 100
+    if panel := results.get("panel"):
+        for row in panel["kernel_alone"]:
+            name = f"decode step with the panel / without, batch {row['batch']}, kernel alone"
+            yield name, "≤ 1.02", _ratio(row), row["ratio"] <= 1.02
+        for row in panel["with_browser"]["rows"]:
+            name = f"the same, batch {row['batch']}, browser on the same processors"
+            yield name, "≤ 1.02", _ratio(row), row["ratio"] <= 1.02
+        for batch, delay in panel["with_browser"]["delay_ms"].items():
+            name = f"token to screen, median, batch {batch}"
+            yield name, "≤ 150 ms", f"{delay['p50']:.0f} ms", delay["p50"] <= 150
+        first = panel["with_browser"]["first_paint_ms"]["first_in_page"]["from_run"]
+        yield "first paint of the first panel", "≤ 500 ms", f"{first:.0f} ms", first <= 500
     if imports := results.get("imports"):
         taken = imports["seconds"]["import inferkit"]
         heavy = ", ".join(imports["heavy"]) or "none"
@@ -302,6 +315,75 @@ def _pair(row: dict[str, Any]) -> str:
 def _both(row: dict[str, Any]) -> float:
     """What it would take to hold the old version beside the new one."""
     return float(row["before"] + row["new"])
+
+
+def _panel(results: dict[str, Any]) -> Iterator[str]:
+    found = results["panel"]
+    browser = found["with_browser"]
+    yield "### Decode step with the panel shown, and without, ms\n"
+    where = (("kernel alone", found["kernel_alone"]), ("with the browser", browser["rows"]))
+    yield from _table(
+        ("where", "batch", "without", "with", "ratio of means", "ratio of medians", "tick, ms CPU"),
+        [
+            (
+                name,
+                row["batch"],
+                _spread(row["off_ms"], 1),
+                _spread(row["on_ms"], 1),
+                _ratio(row),
+                f"{row['ratio_of_medians']:.3f}",
+                f"{row['tick_cpu_ms']['median']:.2f}",
+            )
+            for name, rows in where
+            for row in rows
+        ],
+    )
+    yield "\n### Token to screen, ms\n"
+    yield from _table(
+        ("batch", "p50", "p90", "p99", "tokens"),
+        [
+            (batch, *(f"{d[p]:.0f}" for p in ("p50", "p90", "p99")), d["count"])
+            for batch, d in browser["delay_ms"].items()
+        ],
+    )
+    paint, many = browser["first_paint_ms"], browser["many_points"]
+    yield "\n### Drawing\n"
+    rows = [
+        (
+            "first panel in a page, from Run to paint, ms",
+            f"{paint['first_in_page']['from_run']:.0f}",
+        ),
+        ("later ones, ms", _spread(paint["later"]["from_run"], 0)),
+        (
+            f"redraw with {many['points']:,} points, p50 and p99, ms",
+            f"{many['redraw_ms']['p50']:.1f}, {many['redraw_ms']['p99']:.1f}",
+        ),
+        (
+            "gap between frames meanwhile, p50 and p99, ms",
+            f"{many['frame_gap_ms']['p50']:.0f}, {many['frame_gap_ms']['p99']:.0f}",
+        ),
+        ("module of the panel, uPlot included, kB", f"{found['module_bytes'] / 1e3:.0f}"),
+    ]
+    yield from _table(("what", "measured"), rows)
+    if len(found["libraries"]) > 1:
+        yield "\n### uPlot and plotly.js (basic bundle), 20,000 dots\n"
+        yield from _table(
+            ("library", "kB", "evaluated in, ms", "first draw, ms", "redraw, ms"),
+            [
+                (
+                    name,
+                    f"{each['bytes'] / 1e3:.0f}",
+                    f"{each['evaluate_ms']:.0f}",
+                    f"{each['first_draw_ms']:.0f}",
+                    _spread(each["redraw_ms"], 0),
+                )
+                for name, each in found["libraries"].items()
+            ],
+        )
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
 
 
 def _imports(results: dict[str, Any]) -> Iterator[str]:

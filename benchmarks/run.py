@@ -27,7 +27,7 @@ import report
 import speed
 from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
 
-PARTS = ("speed", "overhead", "memory", "plan", "modes", "imports")
+PARTS = ("speed", "overhead", "memory", "plan", "modes", "panel", "imports")
 
 
 def main() -> None:
@@ -61,6 +61,13 @@ def main() -> None:
             batches=asked.batches,
             tokens=asked.tokens,
             rounds=asked.rounds,
+        ),
+        "panel": lambda: in_fresh_process(
+            "panel.py",
+            path=str(model),
+            threads=asked.threads,
+            rounds=asked.rounds,
+            plotly=asked.plotly,
         ),
         "imports": lambda: in_fresh_process(
             "imports.py", threads=asked.threads, rounds=2 * asked.rounds
@@ -215,6 +222,7 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="*", metavar="part", help=f"any of {', '.join(PARTS)}; all if none is named")
     add("--engines", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--plotly", help="a plotly.js bundle, to compare the library of the live plot with")
     add("--rounds", type=int, default=7, help="measured rounds; one more warms up")
     add("--tokens", type=int, default=64, help="tokens per sequence")
     add("--batches", type=int, nargs="+", default=[1, 8, 16])

@@ -1542,11 +1542,51 @@ def test_ipykernels_comm_has_the_method_that_is_overridden() -> None:
     ]
 
 
-# -- known faults: each of these is to lose its mark with the fault -------------------------------
+# -- what was wrong once --------------------------------------------------------------------------
 
 
-def fault(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
+class Shell:
+    """An IPython shell whose kernel runs a cell of JupyterLab's."""
+
+    def __init__(self) -> None:
+        self.cell = "first"
+        self.kernel = self
+        self.events = self
+        self.called: list[Any] = []
+
+    def get_parent(self) -> dict[str, Any]:
+        return {"metadata": {"cellId": self.cell}}
+
+    def register(self, _: str, work: Any) -> None:
+        self.called.append(work)
+
+    def unregister(self, _: str, work: Any) -> None:
+        self.called.remove(work)
+
+
+def test_a_cell_that_is_run_again_leaves_no_view_at_work(
+    model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, listeners = Shell(), len(model._engine.on_submit)
+    monkeypatch.setattr(live, "get_ipython", lambda: shell)
+    monkeypatch.setattr(live, "_display", lambda *_, **__: None)
+    views = [LivePlot(model) for _ in range(3)]
+    assert len(model._engine.on_submit) == listeners  # nobody has shown one
+    for view in views:
+        view._ipython_display_()
+    views[-1]._ipython_display_()  # the same again
+    assert [view._ticker is not None for view in views] == [False, False, True]
+    assert len(model._engine.on_submit) == listeners + 1
+    assert shell.called == [views[-1]._update_still]
+    shell.cell = "second"
+    views[-1]._ipython_display_()
+    shell.cell = "first"
+    views[0]._ipython_display_()
+    assert views[-1]._ticker is not None  # it is shown by the second cell still
+    for view in views:
+        view.close()
+    assert shell.called == []
+    assert len(model._engine.on_submit) == listeners
 
 
 def test_the_toggles_follow_what_cells_change(

@@ -408,7 +408,11 @@ function createPlot(store, root, alongside = () => {}) {
       timeline[1].setData(stepwise(steps, [KV], kept));
       under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
     }
-    // For tests and benchmarks, which cannot look into a canvas.
+    queueMicrotask(tellDrawn); // uPlot draws in one, too
+  }
+
+  // For tests and benchmarks, which cannot look into a canvas.
+  function tellDrawn() {
     const { tokens, firsts } = store.tables;
     const newest = Math.max(tokens[0].at(-1) ?? 0, firsts[0].at(-1) ?? 0);
     const detail = { tokens: tokens[0].length, newest, ms: performance.now() - drawn };
