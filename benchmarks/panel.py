@@ -456,7 +456,8 @@ def measure(
     plotly: str | None = None,
 ) -> dict[str, Any]:
     """All of it, as plain data."""
-    import inferkit.notebook.assets as assets
+    from inferkit.notebook import assets
+    from inferkit.notebook.panel import Panel
 
     setup = f"import torch\ntorch.set_num_threads({threads})" + _SETUP.format(path=path)
     found: dict[str, Any] = {
@@ -468,7 +469,7 @@ def measure(
     if plotly:
         files["plotly"] = Path(plotly)
     found["libraries"] = libraries(files, 20_000)
-    found["module_bytes"] = len(assets.script("dom.js", "store.js", "plot.js", "panel.js").encode())
+    found["module_bytes"] = len(str(Panel._esm).encode())
     return found
 
 

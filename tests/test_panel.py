@@ -30,6 +30,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import inferkit as ik
 from inferkit import registry
+from inferkit.html import format_number
 from inferkit.notebook import assets, live, picture, recipe
 from inferkit.notebook import panel as panels
 from inferkit.notebook.feed import COLUMNS, Feed
@@ -1296,7 +1297,7 @@ def test_the_last_run_is_summed_up(browse: Callable[..., Browser], model: ik.Mod
     many = dict(browser.wait("summary", lambda told: dict(told)["last run"] == "2 requests"))
     assert {"TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99", "queue p50"} <= set(many)
     found = ik.summarize(browser.panel.generations)
-    assert many["TTFT p50"] == f"{panels.format_number(1e3 * found['ttft'].p50)} ms"
+    assert many["TTFT p50"] == f"{format_number(1e3 * found['ttft'].p50)} ms"
 
 
 def test_keep_shows_the_figure(

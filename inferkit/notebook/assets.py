@@ -10,6 +10,9 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+PLOT = ("look.js", "dom.js", "store.js", "series.js", "drawing.js", "plot.js")
+"""What the live plot is made of."""
+
 _STATIC = Path(__file__).parent / "static"
 _ONCE = (
     "const uPlot = (globalThis.__inferkit_uPlot ??= (() => {{\n{library}\nreturn uPlot;\n}})());"

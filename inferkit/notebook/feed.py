@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 
 from inferkit.errors import InferkitError
 from inferkit.notebook.tables import Table, Window
+from inferkit.notebook.watched import Watched
 from inferkit.trace import NS
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ RATE_WINDOW = 2.0
 _REQUESTS = 200  # ended ones whose text a view can still show
 _MARKS = 200
 _RUN = 10_000  # requests of a run whose results are kept
-_PROMPT = 300  # characters of a prompt that a view shows
-_ALIVE = ("waiting", "running")
 
 COLUMNS = {
     "tokens": ("time", "itl", "request"),
@@ -47,26 +45,6 @@ COLUMNS = {
     "steps": ("time", "duration", "prefill", "decode", "running", "waiting", "kv"),
 }
 """The tables and their columns: times in s since `Feed.epoch`, durations in ms, kv in bytes."""
-
-
-@dataclass(slots=True)
-class Watched:
-    """A request, and how much of it has been read.
-
-    Attributes:
-        number: What the view calls it: 1 for the first that the feed saw.
-        origin: Where it was submitted, "cell" or "panel".
-        tokens: How many timestamps have been read.
-        pieces: How many pieces of text have been read.
-    """
-
-    request: Request
-    number: int
-    origin: str = "cell"
-    tokens: int = 0
-    pieces: int = 0
-    last: int = 0
-    status: str = ""
 
 
 @dataclass(slots=True)
@@ -292,7 +270,7 @@ class Feed:
             tables={name: table.rows.copy() for name, table in self.tables.items()},
             reset=list(self.tables),
             marks=list(self.marks),
-            requests=[self._told(w) for w in (*self._ended, *self._live)],
+            requests=[watched.whole() for watched in (*self._ended, *self._live)],
         )
 
     def _submitted(self, requests: Sequence[Request]) -> None:
@@ -311,7 +289,7 @@ class Feed:
             if all(_ended_by(r, request.arrival) for r in reversed(self._run)):
                 self._run.clear()
             self._count += 1
-            watched.number, watched.last = self._count, request.arrival
+            watched.number = self._count
             self._live.append(watched)
             self._run.append(request)
 
@@ -322,43 +300,17 @@ class Feed:
         rows: dict[str, list[tuple[float, ...]]],
         update: Update,
     ) -> None:
-        status = _status(watched.request)  # before the rest, so that nothing comes after its end
-        times = watched.request.times_since(watched.tokens)
-        due = bisect_right(times, until)
-        if due < len(times):
-            status = "running"
-        for moment in times[:due]:
-            name = "tokens" if watched.tokens else "firsts"
-            gap = (moment - watched.last) * 1e-6
-            rows[name].append((self._since(moment), gap, watched.number))
-            watched.last = moment
-            watched.tokens += 1
-        if due or watched.request.pieces_since(watched.pieces) or status != watched.status:
-            update.requests.append(self._told(watched, status))
-        if status not in _ALIVE:
+        seen = watched.tokens
+        gaps, told = watched.read(until)
+        for index, (moment, gap) in enumerate(gaps, start=seen):
+            rows["tokens" if index else "firsts"].append((self._since(moment), gap, watched.number))
+        if told is not None:
+            update.requests.append(told)
+        if watched.over:
             self._live.remove(watched)
             if len(self._ended) == _REQUESTS:
                 self._ids.discard(self._ended[0].request.id)
             self._ended.append(watched)
-
-    def _told(self, watched: Watched, status: str | None = None) -> dict[str, Any]:
-        """What a view needs to know of a request: what is new with this status, or all of it."""
-        request = watched.request
-        told: dict[str, Any] = {"number": watched.number}
-        if status is None or not watched.status:
-            told["prompt"] = _shortened(request)
-            told["origin"] = watched.origin
-        if status is None:
-            told["text"] = "".join(request.pieces_since(0)[: watched.pieces])
-        else:
-            new = request.pieces_since(watched.pieces)
-            watched.pieces += len(new)
-            told["add"] = "".join(new)
-            watched.status = status
-        told["status"], told["tokens"] = watched.status, watched.tokens
-        if watched.status not in _ALIVE:
-            told |= _ended_facts(request.result())
-        return told
 
     def _new_steps(self) -> list[StepRecord]:
         steps = self._engine.steps_since(self._step_seen) if self._engine else []
@@ -435,35 +387,9 @@ def origin(name: str) -> Iterator[None]:
         del _submitting.origin
 
 
-def _shortened(request: Request) -> str:
-    """A prompt as far as a view shows it."""
-    text = request.prompt
-    if text is None:
-        return f"{len(request.prompt_token_ids)} token ids"
-    return text if len(text) <= _PROMPT else text[: _PROMPT - 1] + "…"
-
-
-def _status(request: Request) -> str:
-    if request.done:
-        return request.result().finish_reason
-    return "waiting" if request.scheduled is None else "running"
-
-
 def _ended_by(request: Request, moment: int) -> bool:
     return request.done and request.result().latency.trace.end <= moment
 
 
 def _label(name: str, value: Any) -> str:
     return f"{name.replace('_', ' ')} {value}" if isinstance(value, int) else str(value)
-
-
-def _ended_facts(gen: Generation) -> dict[str, Any]:
-    latency = gen.latency
-    names = ("queue", "ttft", "tpot", "e2e")
-    times = {name: getattr(latency, name) for name in names}
-    ms = {name: None if value is None else 1e3 * value for name, value in times.items()}
-    return {
-        "ms": ms,
-        "error": str(gen.error) if gen.error else None,
-        "mode": gen.settings.quantization,
-    }

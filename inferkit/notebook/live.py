@@ -58,7 +58,7 @@ class LivePlot(anywidget.AnyWidget):
         model: What to watch.
     """
 
-    _esm = assets.script("dom.js", "store.js", "series.js", "plot.js", "entry.js")
+    _esm = assets.script(*assets.PLOT, "entry.js")
     _css = assets.styles()
     _slot = traitlets.Unicode().tag(sync=True)  # where the picture for the saved notebook is
 

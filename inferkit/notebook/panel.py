@@ -16,14 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from inferkit import progress
 from inferkit.errors import InferkitError, ModelUnloadedError, PromptError
-from inferkit.html import format_bytes, format_number
 from inferkit.notebook import assets, form, recipe
-from inferkit.notebook.display import output_rate
+from inferkit.notebook.facts import model_facts, modes, run_summary
 from inferkit.notebook.feed import origin
 from inferkit.notebook.form import FormError
 from inferkit.notebook.live import LivePlot, check_model
@@ -31,7 +30,6 @@ from inferkit.notebook.sending import submit
 from inferkit.notebook.worker import Worker
 
 if TYPE_CHECKING:
-    from inferkit.generation import Generations
     from inferkit.model import Model
 
 _LOOK = 1.0  # seconds between two looks at what cells have loaded
@@ -50,7 +48,7 @@ class Panel(LivePlot):
         model: The model to begin with; None for the one loaded last, if any.
     """
 
-    _esm = assets.script("dom.js", "store.js", "series.js", "plot.js", "panel.js", "entry.js")
+    _esm = assets.script(*assets.PLOT, "cards.js", "panel.js", "entry.js")
 
     def __init__(self, model: Model | None = None, **traits: Any) -> None:
         check_model(model)
@@ -104,7 +102,7 @@ class Panel(LivePlot):
         """What the model is now, and what code gives it."""
         model = self._feed.model
         try:
-            facts = _facts(model)
+            facts = model_facts(model)
             self._put("model", facts)
             if self._coded != (facts, self._sent):
                 self._put("code", recipe.code(model, self._sent))
@@ -133,8 +131,10 @@ class Panel(LivePlot):
             last = _loaded_last()
             if last is not model:
                 self._attach(last)
-        elif _modes(model) != self._filled:  # a cell has changed it
-            self._fill(model, self._form | self._filled)
+        else:
+            with suppress(ModelUnloadedError):  # in this moment; the next look will see it
+                if modes(model) != self._filled:  # a cell has changed it
+                    self._fill(model, self._form | self._filled)
         self._show_model()
         names = [m.name for m in _loaded()]
         if "choices" in self._state and names != self._state["choices"]["loaded"]:
@@ -162,7 +162,7 @@ class Panel(LivePlot):
         """
         with self._sending:
             kept = self._form if typed is None else typed
-            self._filled = _modes(model)
+            self._filled = modes(model)
             self._form |= {k: v for k, v in self._filled.items() if self._form[k] == kept[k]}
             self._put("form", dict(self._form))
 
@@ -196,7 +196,7 @@ class Panel(LivePlot):
 
     def _run_ended(self) -> None:
         super()._run_ended()
-        self._put("summary", _summary(self.generations, self._feed.model))
+        self._put("summary", run_summary(self.generations, self._feed.model))
 
     # -- what was typed -------------------------------------------------------------------------
 
@@ -383,30 +383,6 @@ class Panel(LivePlot):
                 self._put("work", {**work, "what": f"Cancelling: {work['what']}", "cancel": False})
 
 
-def _summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]:
-    """A run in a line: latency of the requests that completed, by vLLM's definitions."""
-    from inferkit.latency import summarize
-
-    if not gens:
-        return []
-    found = summarize(gens)
-    facts = [("last run", f"{len(gens)} request{'s' if len(gens) != 1 else ''}")]
-    if found.failed:
-        facts.append(("of these stopped or failed", str(found.failed)))
-    many = found.completed > 1
-    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("queue", "queue")):
-        for percentile in ("p50", "p99") if many else ("p50",):
-            value = getattr(found[name], percentile)
-            if value is not None:
-                shown = f"{label} {percentile}" if many else label
-                facts.append((shown, f"{format_number(1e3 * value)} ms"))
-    facts.append(("output tokens/s", format_number(output_rate(gens))))
-    if model is not None:
-        facts.append(("weights", format_bytes(model.plan.weights)))
-        facts.append(("KV cache", format_bytes(model.plan.kv_cache)))
-    return facts
-
-
 def _loaded() -> list[Model]:
     """The models of this process, without an import of torch where there can be none."""
     if "inferkit.registry" not in sys.modules:
@@ -418,35 +394,6 @@ def _loaded() -> list[Model]:
 
 def _loaded_last() -> Model | None:
     return next(reversed(_loaded()), None)
-
-
-def _facts(model: Model | None) -> dict[str, Any] | None:
-    """What the views show of a model."""
-    if model is None:
-        return None
-    return {
-        "name": model.name,
-        "ref": model.ref,
-        "device": ", ".join(model.devices),
-        "dtype": model.dtype,
-        "quantization": str(model.plan.format),
-        "batching": model.batching,
-        "max_batch": model.max_batch,
-        "context": model.context,
-        "fallback": model.fallback,
-    }
-
-
-def _modes(model: Model) -> dict[str, Any]:
-    """What the form says of a loaded model."""
-    return {
-        "ref": model.ref,
-        "device": model.device if len(model.devices) == 1 else "auto",
-        "quantize": "none" if model.plan.format.stored else model.quantization,
-        "batching": model.batching,
-        "max_batch": str(model.max_batch),
-        "context": str(model.context),
-    }
 
 
 def _attribute(name: str) -> str:

@@ -4,7 +4,6 @@
 // clicked, with the fields that were typed since the last time. The kernel keeps the form and
 // checks it: no rule of the library is repeated here.
 
-const CARDS = 100; // requests that are shown; others are counted
 const TYPING = 250; // ms without a key until the kernel is told what was typed
 const NAMING = 800; // the same for a model's name, which the hub may be asked about
 const SETTLED = 1_500; // ms after a key, from which on the kernel may change a field in use
@@ -278,46 +277,10 @@ function createPanel(store, root) {
 
   // -- requests -----------------------------------------------------------------------------
 
-  const cards = new Map();
-  const others = h("div", { class: "ik-faint", hidden: true });
-  const requests = h("section", { class: "ik-requests", "aria-label": "Requests" });
+  const cards = createCards(store, (number) => act("stop", { number }), button);
   const rate = h("b", {}, "0"), rest = document.createTextNode(" tokens/s");
   const live = h("div", { class: "ik-now" }, rate, rest);
   const summary = h("div", { class: "ik-summary", role: "status", hidden: true });
-
-  // Those that run, then those that wait, then those that ended last.
-  function visible() {
-    const all = [...store.requests.values()];
-    const ended = all.filter(({ status }) => OVER.has(status)).reverse();
-    const picked = all.filter(({ status }) => status === "running");
-    picked.push(...all.filter(({ status }) => status === "waiting"), ...ended);
-    return picked.slice(0, CARDS).map((each) => each.number).sort((a, b) => b - a);
-  }
-
-  function drawRequests() {
-    const numbers = visible(), seen = new Set(numbers);
-    for (const [each, card] of cards) {
-      if (!seen.has(each)) {
-        card.element.remove();
-        cards.delete(each);
-      }
-    }
-    let before = null;
-    for (const each of numbers) {
-      if (!cards.has(each)) {
-        cards.set(each, createCard(each, (wanted) => act("stop", { number: wanted }), button));
-        const { element } = cards.get(each);
-        if (before) before.after(element);
-        else requests.prepend(element);
-      }
-      cards.get(each).draw(store.requests.get(each));
-      before = cards.get(each).element;
-    }
-    const more = store.requests.size - numbers.length;
-    others.hidden = more === 0;
-    others.textContent = `${more} more requests are not shown.`;
-    enable(keep, numbers.length > 0);
-  }
 
   function drawNow() {
     const { now } = store;
@@ -366,14 +329,15 @@ function createPanel(store, root) {
   }
 
   function drawUpdate() {
-    drawRequests();
+    cards.draw();
+    enable(keep, store.requests.size > 0);
     drawNow();
   }
 
   const plot = createPlot(store, root, drawUpdate);
   const body = h("div", { class: "ik-body" }, top, bottom,
     h("section", { class: "ik-section", "aria-label": "Latency" }, live, plot.element, summary),
-    requests, others);
+    cards.element, cards.others);
   root.append(link, body);
 
   root.addEventListener("keydown", (event) => {
@@ -408,50 +372,5 @@ function createPanel(store, root) {
     clearTimeout(timer);
     unlisten();
     plot.destroy();
-  };
-}
-
-// A request: its status and numbers, its prompt in a line, its answer as it comes.
-function createCard(number, stopIt, button) {
-  const state = h("span", {}), asked = h("span", { class: "ik-asked" });
-  const facts = h("span", { class: "ik-faint" });
-  const answer = document.createTextNode("");
-  const text = h("div", { class: "ik-text" }, h("div", {}, answer)), error = h("div", { class: "ik-wrong", hidden: true });
-  const stop = button("Stop", `Stop request ${number}`, () => stopIt(number), "ik-small");
-  const element = h("article", { class: "ik-card", "aria-label": `Request ${number}` },
-    h("header", {}, h("i", { class: "ik-colour", style: `background:${DOTS[number % DOTS.length]}` }),
-      h("span", { class: "ik-title" }, `#${number}`), state, facts, stop), asked, text, error);
-  let version = 0;
-
-  function grow(whole) {
-    // What is there stays, so that it can be selected while more comes.
-    if (whole.startsWith(answer.data)) answer.appendData(whole.slice(answer.data.length));
-    else answer.data = whole;
-  }
-
-  function times({ ms: told, mode }) {
-    if (!told) return [];
-    const parts = [["TTFT", told.ttft], ["TPOT", told.tpot], ["queue", told.queue]];
-    const known = parts.filter(([, value]) => value != null);
-    return [...known.map(([name, value]) => `${name} ${ms(value)} ms`), `precision ${mode}`];
-  }
-
-  return {
-    element,
-    draw(told) {
-      if (told.version === version) return;
-      version = told.version;
-      const over = OVER.has(told.status);
-      state.textContent = told.status;
-      state.className = `ik-state ik-is-${told.status}`;
-      asked.textContent = told.prompt;
-      asked.title = told.prompt;
-      grow(told.text);
-      error.textContent = told.error ?? "";
-      error.hidden = !told.error;
-      const from = told.origin === "panel" ? [] : ["from a cell"];
-      facts.textContent = [...from, `${told.tokens} tokens`, ...times(told)].join(" · ");
-      stop.hidden = over;
-    },
   };
 }

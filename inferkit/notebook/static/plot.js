@@ -4,28 +4,12 @@
 // uPlot draws axes and lines. Dots, marks and steps are drawn on its canvas here, for there are up
 // to 20,000 of them in a table that grows ten times a second.
 
-// Okabe and Ito's colours, as in inferkit/look.py: told apart by colour-blind readers too.
-const BLUE = "#0072B2", ORANGE = "#E69F00", GREEN = "#009E73";
-const SKY = "#56B4E9", VERMILION = "#D55E00", PURPLE = "#CC79A7";
-const DOTS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION];
-
 const REDRAW = 100; // ms between two redraws, at least
 const WINDOWS = [[30, "30 s"], [300, "5 min"], [Infinity, "All"]];
 const LEFT = 58; // px for the axis, so that the plots are aligned
 
 const MIB = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
   .map((each) => each * 2 ** 20);
-
-const ms = (value) => (value >= 99.95 ? value.toFixed(0) : value.toFixed(1));
-const size = (bytes) =>
-  bytes >= 2 ** 30 ? `${(bytes / 2 ** 30).toFixed(1)} GiB` : `${(bytes / 2 ** 20).toFixed(1)} MiB`;
-
-function clock(seconds) {
-  const whole = Math.floor(seconds / 60);
-  if (!whole) return `${+seconds.toFixed(2)} s`;
-  const rest = +(seconds - 60 * whole).toFixed(1);
-  return `${whole}:${String(rest).padStart(rest % 1 ? 4 : 2, "0")}`;
-}
 
 // `alongside` is called in the same frame, for what else is drawn of an update: one frame, one layout.
 function createPlot(store, root, alongside = () => {}) {
@@ -105,128 +89,6 @@ function createPlot(store, root, alongside = () => {}) {
     return Math.max(1, 1.15 * Math.min(most, 2 * usual));
   }
 
-  // -- drawing ------------------------------------------------------------------------------
-
-  function inside(u, draw) {
-    const { ctx } = u;
-    ctx.save();
-    ctx.beginPath();
-    ctx.rect(u.bbox.left, u.bbox.top, u.bbox.width, u.bbox.height);
-    ctx.clip();
-    ctx.textAlign = "left";
-    ctx.textBaseline = "alphabetic";
-    draw(ctx, devicePixelRatio || 1);
-    ctx.restore();
-  }
-
-  function drawDots(u) {
-    const [times, gaps, owners] = store.tables.tokens;
-    const { min, max } = u.scales.x;
-    const start = lowerBound(times, min), end = lowerBound(times, max + 1e-9);
-    const top = u.scales.y.max;
-    inside(u, (ctx, ratio) => {
-      const side = Math.max(2, Math.min(4.5, 2_000 / Math.max(1, end - start))) * ratio;
-      ctx.globalAlpha = end - start > 3_000 ? 0.6 : 0.85;
-      for (let colour = 0; colour < DOTS.length; colour++) {
-        ctx.fillStyle = DOTS[colour];
-        for (let i = start; i < end; i++) {
-          if (owners[i] % DOTS.length !== colour) continue;
-          const x = u.valToPos(times[i], "x", true);
-          if (gaps[i] <= top) {
-            ctx.fillRect(x - side / 2, u.valToPos(gaps[i], "y", true) - side / 2, side, side);
-          } else {
-            triangle(ctx, x, u.bbox.top + ratio, 5 * ratio);
-          }
-        }
-      }
-    });
-  }
-
-  function triangle(ctx, x, y, half) {
-    ctx.beginPath();
-    ctx.moveTo(x, y);
-    ctx.lineTo(x + half, y + 1.6 * half);
-    ctx.lineTo(x - half, y + 1.6 * half);
-    ctx.fill();
-  }
-
-  function drawFirsts(u) {
-    const [times, ttfts, owners] = store.tables.firsts;
-    const start = lowerBound(times, u.scales.x.min);
-    const end = lowerBound(times, u.scales.x.max + 1e-9);
-    inside(u, (ctx, ratio) => {
-      ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
-      const y = u.bbox.top + u.bbox.height - 6 * ratio, half = 5 * ratio;
-      const right = u.bbox.left + u.bbox.width;
-      const places = times.slice(start, end).map((time) => u.valToPos(time, "x", true));
-      places.forEach((x, i) => {
-        ctx.fillStyle = DOTS[owners[start + i] % DOTS.length];
-        ctx.beginPath();
-        ctx.moveTo(x, y - half);
-        ctx.lineTo(x + half, y);
-        ctx.lineTo(x, y + half);
-        ctx.lineTo(x - half, y);
-        ctx.fill();
-        // Those that come at one moment are told of once, where there is room.
-        const text = `TTFT ${ms(ttfts[start + i])} ms`;
-        const room = (places[i + 1] ?? right) - x - 2 * half;
-        if (room < ctx.measureText(text).width + 4 * ratio) return;
-        ctx.fillStyle = theme.ink;
-        ctx.fillText(text, x + half + 4 * ratio, y + 4 * ratio);
-      });
-    });
-  }
-
-  function drawMarks(u, labelled) {
-    const { min, max } = u.scales.x;
-    inside(u, (ctx, ratio) => {
-      ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
-      ctx.strokeStyle = ctx.fillStyle = theme.ink;
-      ctx.lineWidth = ratio;
-      ctx.setLineDash([4 * ratio, 3 * ratio]);
-      let lane = 0, free = -Infinity;
-      for (const [time, label] of store.marks) {
-        if (time < min || time > max) continue;
-        const x = u.valToPos(time, "x", true);
-        ctx.beginPath();
-        ctx.moveTo(x, u.bbox.top);
-        ctx.lineTo(x, u.bbox.top + u.bbox.height);
-        ctx.stroke();
-        if (!labelled) continue;
-        const width = ctx.measureText(label).width;
-        lane = x < free ? lane + 1 : 0;
-        free = x + width + 8 * ratio;
-        const right = x + width + 8 * ratio < u.bbox.left + u.bbox.width;
-        ctx.fillText(label, right ? x + 4 * ratio : x - width - 4 * ratio,
-          u.bbox.top + (22 + 13 * (lane % 3)) * ratio);
-      }
-    });
-  }
-
-  function drawSteps(u) {
-    const [times, durations, prefills, decodes] = store.tables.steps;
-    const { min, max } = u.scales.x;
-    const start = Math.max(0, lowerBound(times, min) - 1), end = lowerBound(times, max + 1e-9);
-    const base = u.valToPos(0, "y", true);
-    inside(u, (ctx, ratio) => {
-      ctx.font = theme.font.replace("11px", `${10 * ratio}px`);
-      for (let i = start; i < end; i++) {
-        const left = u.valToPos(times[i], "x", true);
-        const right = u.valToPos(times[i] + durations[i] / 1e3, "x", true);
-        const top = u.valToPos(durations[i], "y", true);
-        ctx.fillStyle = prefills[i] ? ORANGE : BLUE;
-        ctx.globalAlpha = 0.8;
-        ctx.fillRect(left, top, Math.max(ratio, right - left - ratio / 2), base - top);
-        const text = `${prefills[i]}+${decodes[i]}`;
-        if (right - left > ctx.measureText(text).width + 4 * ratio) {
-          ctx.globalAlpha = 1;
-          ctx.fillStyle = theme.ink;
-          ctx.fillText(text, left + 2 * ratio, Math.max(top - 3 * ratio, u.bbox.top + 10 * ratio));
-        }
-      }
-    });
-  }
-
   // -- the plots ----------------------------------------------------------------------------
 
   function axis(label, more = {}) {
@@ -297,8 +159,8 @@ function createPlot(store, root, alongside = () => {}) {
       axes: [axis("ITL, ms")],
       scale: () => [0, highest(...sight())],
       hooks: {
-        drawAxes: [drawDots],
-        draw: [(u) => drawMarks(u, true), drawFirsts],
+        drawAxes: [(u) => drawDots(u, store)],
+        draw: [(u) => drawMarks(u, store, theme, true), (u) => drawFirsts(u, store, theme)],
       },
     });
     const requests = plot({
@@ -309,7 +171,7 @@ function createPlot(store, root, alongside = () => {}) {
       ],
       axes: [axis("requests", { values: whole, space: 22, incrs: [1, 2, 4, 8, 16, 32, 64, 128, 256] })],
       scale: (_, low, high) => [0, Math.max(1, high ?? 1) * 1.1],
-      hooks: { draw: [(u) => drawMarks(u, false)] },
+      hooks: { draw: [(u) => drawMarks(u, store, theme, false)] },
       bottom: true,
     });
     plots = [latency, requests];
@@ -322,7 +184,7 @@ function createPlot(store, root, alongside = () => {}) {
       series: [line("transparent")],
       axes: [axis("step, ms")],
       scale: (_, low, high) => [0, Math.max(1, high ?? 1) * 1.15],
-      hooks: { drawAxes: [drawSteps], draw: [(u) => drawMarks(u, false)] },
+      hooks: { drawAxes: [(u) => drawSteps(u, store, theme)], draw: [(u) => drawMarks(u, store, theme, false)] },
     });
     const kv = plot({
       height: 92,

@@ -1,0 +1,65 @@
+"""What a panel says of a model and of a run: plain data, and numbers as people read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from inferkit.html import format_bytes, format_number
+from inferkit.notebook.display import output_rate
+
+if TYPE_CHECKING:
+    from inferkit.generation import Generations
+    from inferkit.model import Model
+
+
+def model_facts(model: Model | None) -> dict[str, Any] | None:
+    """What the views show of a model."""
+    if model is None:
+        return None
+    return {
+        "name": model.name,
+        "ref": model.ref,
+        "device": ", ".join(model.devices),
+        "dtype": model.dtype,
+        "quantization": str(model.plan.format),
+        "batching": model.batching,
+        "max_batch": model.max_batch,
+        "context": model.context,
+        "fallback": model.fallback,
+    }
+
+
+def modes(model: Model) -> dict[str, Any]:
+    """What the form says of a loaded model."""
+    return {
+        "ref": model.ref,
+        "device": model.device if len(model.devices) == 1 else "auto",
+        "quantize": "none" if model.plan.format.stored else model.quantization,
+        "batching": model.batching,
+        "max_batch": str(model.max_batch),
+        "context": str(model.context),
+    }
+
+
+def run_summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]:
+    """A run in a line: latency of the requests that completed, by vLLM's definitions."""
+    from inferkit.latency import summarize
+
+    if not gens:
+        return []
+    found = summarize(gens)
+    facts = [("last run", f"{len(gens)} request{'s' if len(gens) != 1 else ''}")]
+    if found.failed:
+        facts.append(("of these stopped or failed", str(found.failed)))
+    many = found.completed > 1
+    for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("queue", "queue")):
+        for percentile in ("p50", "p99") if many else ("p50",):
+            value = getattr(found[name], percentile)
+            if value is not None:
+                shown = f"{label} {percentile}" if many else label
+                facts.append((shown, f"{format_number(1e3 * value)} ms"))
+    facts.append(("output tokens/s", format_number(output_rate(gens))))
+    if model is not None:
+        facts.append(("weights", format_bytes(model.plan.weights)))
+        facts.append(("KV cache", format_bytes(model.plan.kv_cache)))
+    return facts

@@ -1,0 +1,89 @@
+// The requests: a card for each, the newest above.
+
+const CARDS = 100; // requests that are shown; others are counted
+
+// `stopIt` stops the request of a number; `button` makes a button.
+function createCards(store, stopIt, button) {
+  const cards = new Map();
+  const others = h("div", { class: "ik-faint", hidden: true });
+  const element = h("section", { class: "ik-requests", "aria-label": "Requests" });
+
+  // Those that run, then those that wait, then those that ended last.
+  function visible() {
+    const all = [...store.requests.values()];
+    const ended = all.filter(({ status }) => OVER.has(status)).reverse();
+    const picked = all.filter(({ status }) => status === "running");
+    picked.push(...all.filter(({ status }) => status === "waiting"), ...ended);
+    return picked.slice(0, CARDS).map((each) => each.number).sort((a, b) => b - a);
+  }
+
+  function draw() {
+    const numbers = visible(), seen = new Set(numbers);
+    for (const [number, card] of cards) {
+      if (seen.has(number)) continue;
+      card.element.remove();
+      cards.delete(number);
+    }
+    let before = null;
+    for (const number of numbers) {
+      if (!cards.has(number)) {
+        const card = createCard(number, stopIt, button);
+        cards.set(number, card);
+        if (before) before.after(card.element);
+        else element.prepend(card.element);
+      }
+      cards.get(number).draw(store.requests.get(number));
+      before = cards.get(number).element;
+    }
+    const more = store.requests.size - numbers.length;
+    others.hidden = more === 0;
+    others.textContent = `${more} more requests are not shown.`;
+  }
+
+  return { element, others, draw };
+}
+
+// A request: its status and numbers, its prompt in a line, its answer as it comes.
+function createCard(number, stopIt, button) {
+  const state = h("span", {}), asked = h("span", { class: "ik-asked" });
+  const facts = h("span", { class: "ik-faint" });
+  const answer = document.createTextNode("");
+  const text = h("div", { class: "ik-text" }, h("div", {}, answer)), error = h("div", { class: "ik-wrong", hidden: true });
+  const stop = button("Stop", `Stop request ${number}`, () => stopIt(number), "ik-small");
+  const element = h("article", { class: "ik-card", "aria-label": `Request ${number}` },
+    h("header", {}, h("i", { class: "ik-colour", style: `background:${DOTS[number % DOTS.length]}` }),
+      h("span", { class: "ik-title" }, `#${number}`), state, facts, stop), asked, text, error);
+  let version = 0;
+
+  function grow(whole) {
+    // What is there stays, so that it can be selected while more comes.
+    if (whole.startsWith(answer.data)) answer.appendData(whole.slice(answer.data.length));
+    else answer.data = whole;
+  }
+
+  function times({ ms: told, mode }) {
+    if (!told) return [];
+    const parts = [["TTFT", told.ttft], ["TPOT", told.tpot], ["queue", told.queue]];
+    const known = parts.filter(([, value]) => value != null);
+    return [...known.map(([name, value]) => `${name} ${ms(value)} ms`), `precision ${mode}`];
+  }
+
+  return {
+    element,
+    draw(told) {
+      if (told.version === version) return;
+      version = told.version;
+      const over = OVER.has(told.status);
+      state.textContent = told.status;
+      state.className = `ik-state ik-is-${told.status}`;
+      asked.textContent = told.prompt;
+      asked.title = told.prompt;
+      grow(told.text);
+      error.textContent = told.error ?? "";
+      error.hidden = !told.error;
+      const from = told.origin === "panel" ? [] : ["from a cell"];
+      facts.textContent = [...from, `${told.tokens} tokens`, ...times(told)].join(" · ");
+      stop.hidden = over;
+    },
+  };
+}
