@@ -13,6 +13,7 @@ from typing import Any
 
 from inferkit.devices import dtype_name
 from inferkit.errors import OptionError, UnsupportedModelError
+from inferkit.exclusive import alone
 from inferkit.html import listed
 
 __all__ = [
@@ -172,7 +173,7 @@ def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # stored.laid_out() accounts for it
     try:
-        with torch.device("meta"):
+        with alone(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(torch, dtype),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from inferkit.errors import DamagedFileError, ModelNotFoundError, UnsupportedModelError
+from inferkit.exclusive import alone
 from inferkit.progress import library_bars, stopped
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def _stream(
     import torch
     from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
-    with torch.device("meta"):
+    with alone(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures = [type(model).__name__]
     processors = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS

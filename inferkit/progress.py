@@ -7,7 +7,6 @@ does the work and never by two at once. What it raises stops the work, as an int
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm.std import tqdm
+
+from inferkit.exclusive import alone
 
 __all__ = ["Progress", "bar", "downloads", "library_bars", "quiet_bars", "stopped"]
 
@@ -24,8 +25,6 @@ Progress = bool | Callable[[str, int, int | None], None]
 _INTERVAL = 0.08  # seconds between two steps that are told
 _NOTE = "The callable that was given as progress= raised this."
 _DOWNLOADING = "huggingface_hub.snapshot_download"  # its name for the bytes that were written
-
-_process_bars = threading.RLock()
 
 
 def bar(
@@ -118,9 +117,7 @@ def library_bars(progress: Progress) -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    while not _process_bars.acquire(timeout=0.25):
-        pass  # Windows delivers an interrupt only between waits
-    try:
+    with alone():
         if progress is True:
             yield
             return
@@ -134,8 +131,6 @@ def library_bars(progress: Progress) -> Iterator[None]:
                 yield
         finally:
             logging.set_tqdm_hook(former)
-    finally:
-        _process_bars.release()
 
 
 @contextmanager
@@ -252,12 +247,3 @@ def _abort_xet() -> None:
         from huggingface_hub.utils._xet import abort_xet_session
 
         abort_xet_session()
-
-
-def _after_fork() -> None:
-    global _process_bars
-    _process_bars = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_after_fork)

@@ -163,6 +163,8 @@ class Tab:
 
     def least_contrast(self, selector: str) -> tuple[float, str]:
         """The least contrast of text with what is behind it, and the element that has it."""
+        # A figure is drawn anew in another theme.
+        self.page.wait_for_function(f"({_CONTRASTS})({json.dumps(selector)}).length > 0")
         contrast, html = min(self.page.evaluate(_CONTRASTS, selector))
         return contrast, html
 

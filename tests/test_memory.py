@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import psutil
@@ -724,3 +727,35 @@ def test_importing_memory_imports_neither_torch_nor_transformers():
     code = "import sys, inferkit.memory; sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_one_thread_at_a_time_builds_a_model(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers makes the dtype torch's default meanwhile, and puts back what it found."""
+    make = AutoModelForCausalLM.from_config
+    building: list[int] = []
+    most: list[int] = []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        building.append(1)
+        most.append(len(building))
+        time.sleep(0.02)
+        try:
+            return make(*args, **options)
+        finally:
+            building.pop()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", slow)
+    folder = tiny_model("llama")
+    threads = [
+        threading.Thread(target=plan, args=(folder,), kwargs={"dtype": dtype})
+        for dtype in ("bfloat16", "float32", "float16") * 2
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(most) >= len(threads)
+    assert max(most) == 1
+    assert torch.get_default_dtype() is torch.float32

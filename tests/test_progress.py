@@ -203,8 +203,7 @@ def test_a_load_that_is_cancelled_replaces_nothing(model: ik.Model, folder: Path
     assert tokens(model) == before
 
 
-@pytest.mark.parametrize("call", [0, 5, "last"])
-@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize(("mode", "call"), [("nf4", 0), ("int8", 5), ("nf4", "last")])
 @pytest.mark.usefixtures("every_step")
 def test_a_toggle_that_is_cancelled_brings_the_former_mode_back(
     model: ik.Model, folder: Path, mode: str, call: int | str

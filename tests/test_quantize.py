@@ -242,8 +242,9 @@ def spoil(
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("how", ["error", "memory", "interrupt"])
+@pytest.mark.parametrize(
+    ("how", "after"), [("error", False), ("memory", True), ("interrupt", True)]
+)
 def test_whatever_stops_it_the_mode_before_is_back(
     model: ik.Model, monkeypatch: pytest.MonkeyPatch, place: str, after: bool, how: str
 ) -> None:
