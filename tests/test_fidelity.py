@@ -309,9 +309,9 @@ def test_the_intervals_cover_what_they_should() -> None:
 @pytest.mark.demo
 def test_the_demo_model_loses_more_in_four_bits_than_in_eight(demo_model_path: Path) -> None:
     with ik.load(demo_model_path, context=1024, max_batch=4, name="fidelity") as model:
-        found = {mode: ik.fidelity(model.quantize(mode)) for mode in ("int8", "nf4", "fp4")}
+        found = {mode: ik.fidelity(model.quantize(mode)) for mode in ("int8", "nf4")}
     kl = {mode: f.kl.value for mode, f in found.items()}
-    assert 0.001 < kl["int8"] < 0.1 < kl["nf4"] < kl["fp4"] < 2
+    assert 0.001 < kl["int8"] < 0.1 < kl["nf4"] < 2
     assert found["int8"].top1_agreement.value > found["nf4"].top1_agreement.value > 0.5
     plain = found["int8"].reference_perplexity
     assert 10 < plain < found["int8"].perplexity < found["nf4"].perplexity < 60
