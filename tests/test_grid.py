@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -253,16 +252,3 @@ def test_an_unloaded_model_says_so(model: ik.Model) -> None:
     model.unload()
     with pytest.raises(ik.ModelUnloadedError):
         ik.compare(model)
-
-
-@pytest.mark.demo
-def test_the_demo_model_side_by_side(demo_model_path: Path) -> None:
-    with ik.load(demo_model_path, context=1024, max_batch=2, name="grid") as model:
-        made = ik.compare(model, ["none", "int8"], [1], repeat=1, max_tokens=8, progress=False)
-        assert model.quantization == "none"
-    assert made.complete
-    plain, int8 = (Cell(m, "continuous", 1) for m in ("none", "int8"))
-    assert made.figure(int8, "memory").value < made.figure(plain, "memory").value
-    assert 0.001 < made.figure(int8, "kl").value < 0.1
-    assert not math.isnan(made.ratio(int8, plain, "tpot_p50").value)
-    assert {t.name for t in made.plot().data} == {"none", "int8"}
