@@ -1,9 +1,9 @@
-"""Switches of the whole process that libraries flip while they work: one thread at a time.
+"""One thread at a time: locks whose wait can be interrupted, and one for the whole process.
 
-transformers makes a model's dtype torch's default while it builds the model, and puts back what it
-found. Two threads that do so at once can leave the one's dtype behind for the whole process, and
-every tensor that a notebook makes afterwards would be of it. The bars that it draws are such a
-switch too.
+That one is for switches that libraries flip while they work. transformers makes a model's dtype
+torch's default while it builds the model, and puts back what it found: two threads that do so at
+once can leave the one's dtype behind for the whole process, and every tensor that a notebook makes
+afterwards would be of it. The bars that it draws are such a switch too.
 """
 
 from __future__ import annotations
@@ -11,23 +11,27 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
-__all__ = ["alone"]
+__all__ = ["alone", "holding"]
 
 _lock = threading.RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Within, no other thread of inferkit's is; the wait for it can be interrupted."""
-    lock = _lock
+def holding(lock: threading.RLock) -> Iterator[None]:
+    """Hold a lock; the wait for it can be interrupted, as that of a plain ``with`` cannot."""
     while not lock.acquire(timeout=0.25):
         pass  # Windows delivers an interrupt only between waits
     try:
         yield
     finally:
         lock.release()
+
+
+def alone() -> AbstractContextManager[None]:
+    """Within, no other thread of inferkit's is."""
+    return holding(_lock)
 
 
 def _after_fork() -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -21,6 +21,7 @@ from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import ModelUnloadedError, OptionError, PromptError
+from inferkit.exclusive import holding
 from inferkit.footprint import WeightFormat, asked_format
 from inferkit.generation import Generation, Generations
 from inferkit.html import format_bytes, table
@@ -501,15 +502,9 @@ class Model:
                 parts.resize(plan)
             self.plan = plan
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _changing(self) -> AbstractContextManager[None]:
         """One change at a time; the wait for another's can be interrupted."""
-        while not self._change.acquire(timeout=0.25):
-            pass
-        try:
-            yield
-        finally:
-            self._change.release()
+        return holding(self._change)
 
     def _asked(
         self, mode: str, double_quant: bool = False, compute_dtype: Any = "auto"

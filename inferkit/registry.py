@@ -9,7 +9,6 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
+from inferkit.exclusive import holding
 from inferkit.footprint import asked_format, weight_format
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK
@@ -152,7 +152,7 @@ def load(
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     if form.stored:
         resolved = check_stored(config, devices, resolved)
-    with _one_load_at_a_time():
+    with holding(_loads):
         source = catalog.resolve(ref, revision, progress=progress)
         name = name or _default_name(source)
         identity = Identity(
@@ -218,16 +218,6 @@ def _can_become(old: Model, identity: Identity) -> bool:
     if parts is None or parts.engine.closed:
         return False
     return replace(parts.identity, format=identity.format) == identity
-
-
-@contextmanager
-def _one_load_at_a_time() -> Iterator[None]:
-    while not _loads.acquire(timeout=0.25):
-        pass  # Windows delivers an interrupt only between waits
-    try:
-        yield
-    finally:
-        _loads.release()
 
 
 def _make_room(

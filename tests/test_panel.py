@@ -1423,7 +1423,7 @@ def test_the_saved_notebook_keeps_a_picture_of_the_last_run(
     browse: Callable[..., Browser], model: ik.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    monkeypatch.setattr(live, "_display", lambda bundle, **more: shown.append((bundle, more)))
+    monkeypatch.setattr(live, "show", lambda bundle, **more: shown.append((bundle, more)))
     browser = browse(model)
     browser.panel._ipython_display_()
     view, *still = shown
@@ -1570,7 +1570,7 @@ def test_a_cell_that_is_run_again_leaves_no_view_at_work(
 ) -> None:
     shell, listeners = Shell(), len(model._engine.on_submit)
     monkeypatch.setattr(live, "get_ipython", lambda: shell)
-    monkeypatch.setattr(live, "_display", lambda *_, **__: None)
+    monkeypatch.setattr(live, "show", lambda *_, **__: None)
     views = [LivePlot(model) for _ in range(3)]
     assert len(model._engine.on_submit) == listeners  # nobody has shown one
     for view in views:

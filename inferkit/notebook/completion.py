@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import (
     CompletionContext,
@@ -17,6 +17,9 @@ from IPython.core.completer import (
 
 from inferkit.arguments import VALUES, flag
 from inferkit.notebook.commands import CELL, COMMANDS, Command
+
+if TYPE_CHECKING:
+    from inferkit.model import Model
 
 Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 
@@ -51,10 +54,15 @@ def matcher() -> Matcher:
     return match
 
 
-def loaded_names() -> list[str]:
-    """Names of the loaded models; imports nothing, for without the registry there is none."""
+def loaded_models() -> list[Model]:
+    """The models of this process; imports nothing, for without the registry there is none."""
     registry = sys.modules.get("inferkit.registry")
-    return [] if registry is None else [model.name for model in registry.models()]
+    return [] if registry is None else list(registry.models())
+
+
+def loaded_names() -> list[str]:
+    """Their names."""
+    return [model.name for model in loaded_models()]
 
 
 def _fragment(text: str) -> str:

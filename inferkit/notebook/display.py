@@ -116,12 +116,12 @@ class NotebookView:
         self._meter = Meter(run.requests)
         self._texts = [Text(request) for request in run.requests]
         self._header_bundle = _header(run)
-        self._header = _display(self._header_bundle)
+        self._header = show(self._header_bundle, display_id=True)
         self._answers = []
         for number, prompt in enumerate(run.prompts, start=1):
-            _display(_prompt(prompt, number if len(run.prompts) > 1 else None))
-            self._answers.append(_display(_verbatim("")))
-        self._latency = _display(_line(str(self._meter)))
+            show(_prompt(prompt, number if len(run.prompts) > 1 else None), display_id=True)
+            self._answers.append(show(_verbatim(""), display_id=True))
+        self._latency = show(_line(str(self._meter)), display_id=True)
         self._drawn = time.monotonic()
 
     def draw(self) -> None:
@@ -248,13 +248,14 @@ def output_rate(generations: Sequence[Generation]) -> float | None:
     return sum(len(trace.tokens) for trace in traces) / seconds if seconds > 0 else None
 
 
-# -- parts ----------------------------------------------------------------------------------------
-
-
-def _display(bundle: Bundle) -> Any:
+def show(bundle: Bundle, **options: Any) -> Any:
+    """Display a bundle of MIME types as it is; options as of ``IPython.display.display``."""
     from IPython.display import display
 
-    return display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+    return display(bundle, raw=True, **options)  # type: ignore[no-untyped-call]
+
+
+# -- parts ----------------------------------------------------------------------------------------
 
 
 def _header(run: Run) -> Bundle:

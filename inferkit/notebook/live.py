@@ -29,6 +29,7 @@ from IPython.core.getipython import get_ipython
 
 from inferkit.errors import OptionError
 from inferkit.notebook import assets, picture
+from inferkit.notebook.display import Bundle, show
 from inferkit.notebook.feed import COLUMNS, Feed, Update
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ INTERVAL = 0.1
 _BEAT = 2.0  # seconds; the browser misses it after some more
 _WATCHED = 30.0  # seconds that somebody who said so is taken to look on
 _IDLE = 0.5  # seconds between two looks at a model that does nothing
-
-Bundle = dict[str, Any]
 
 
 class LivePlot(anywidget.AnyWidget):
@@ -124,9 +123,9 @@ class LivePlot(anywidget.AnyWidget):
         self._context = contextvars.copy_context()
         _take_the_cell(self)
         data, metadata = self._repr_mimebundle_() or ({}, {})
-        _display(data | _fallback(name), metadata=metadata)
+        show(data | _fallback(name), metadata=metadata)
         for slot, bundle in self._still().items():
-            _display(bundle, display_id=slot)
+            show(bundle, display_id=slot)
         self._start()
 
     def _still(self) -> dict[str, Bundle]:
@@ -154,7 +153,7 @@ class LivePlot(anywidget.AnyWidget):
         if happened != self._still_of:
             self._still_of = happened
             for slot, bundle in self._still().items():
-                _display(bundle, display_id=slot, update=True)
+                show(bundle, display_id=slot, update=True)
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -331,9 +330,3 @@ def _fallback(name: str) -> Bundle:
     html = f'<div class="inferkit" style="opacity:.75">inferkit {name}: run this cell for a live '
     text = f"inferkit {name}: show it in a notebook, as JupyterLab is one; a terminal can't."
     return {"text/html": html + "view.</div>", "text/plain": text}
-
-
-def _display(bundle: Bundle, **options: Any) -> None:
-    from IPython.display import display
-
-    display(bundle, raw=True, **options)  # type: ignore[no-untyped-call]

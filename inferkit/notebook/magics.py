@@ -163,7 +163,7 @@ class InferMagics(Magics):
     def _model(self, arguments: argparse.Namespace) -> Model:
         """The model that is named; else the only one, or the one used last by the magics."""
         name = getattr(arguments, "model", None)
-        loaded = {m.name: m for m in ik.models()} if completion.loaded_names() else {}
+        loaded = {model.name: model for model in completion.loaded_models()}
         if not loaded:
             raise UsageError("No model is loaded: %infer load demo loads the small demo model.")
         if name is None:

@@ -12,7 +12,6 @@ thread in turn, plans by another, prompts by a third, and stopping is done at on
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit import progress
 from inferkit.errors import InferkitError, ModelUnloadedError, PromptError
 from inferkit.notebook import assets, form, recipe
+from inferkit.notebook.completion import loaded_models, loaded_names
 from inferkit.notebook.facts import model_facts, modes, run_summary
 from inferkit.notebook.feed import origin
 from inferkit.notebook.form import FormError
@@ -136,7 +136,7 @@ class Panel(LivePlot):
                 if modes(model) != self._filled:  # a cell has changed it
                     self._fill(model, self._form | self._filled)
         self._show_model()
-        names = [m.name for m in _loaded()]
+        names = loaded_names()
         if "choices" in self._state and names != self._state["choices"]["loaded"]:
             self._put("choices", {**self._state["choices"], "loaded": names})
 
@@ -172,7 +172,7 @@ class Panel(LivePlot):
         from inferkit.devices import attached_names
 
         refs = dict.fromkeys(["demo", *(model.ref for model in cached_models())])
-        names = [m.name for m in _loaded()]
+        names = loaded_names()
         self._put("choices", {"refs": list(refs), "devices": attached_names(), "loaded": names})
         self._show_devices()
 
@@ -231,7 +231,7 @@ class Panel(LivePlot):
         if self._named_model(typed) is not None:
             self._put("plan", None)
             return
-        asked = (dict(options), [m.name for m in _loaded()])
+        asked = (dict(options), loaded_names())
         if asked == self._planned and self._state.get("plan"):
             return
         try:
@@ -294,7 +294,7 @@ class Panel(LivePlot):
             self._show_devices()
 
     def _choose(self, name: str) -> None:
-        for model in _loaded():
+        for model in loaded_models():
             if model.name == name:
                 self._attach(model)
 
@@ -383,17 +383,8 @@ class Panel(LivePlot):
                 self._put("work", {**work, "what": f"Cancelling: {work['what']}", "cancel": False})
 
 
-def _loaded() -> list[Model]:
-    """The models of this process, without an import of torch where there can be none."""
-    if "inferkit.registry" not in sys.modules:
-        return []
-    from inferkit.registry import models
-
-    return list(models())
-
-
 def _loaded_last() -> Model | None:
-    return next(reversed(_loaded()), None)
+    return next(reversed(loaded_models()), None)
 
 
 def _attribute(name: str) -> str:

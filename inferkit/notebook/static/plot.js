@@ -43,7 +43,6 @@ function createPlot(store, root, alongside = () => {}) {
     const pick = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
     return {
       ink: pick("--jp-ui-font-color1", style.color || "#555"),
-      faint: pick("--jp-ui-font-color2", "#888"),
       grid: pick("--jp-border-color2", "rgba(128,128,128,.25)"),
       font: `11px ${pick("--jp-ui-font-family", "system-ui, sans-serif")}`,
     };
@@ -313,7 +312,6 @@ function createPlot(store, root, alongside = () => {}) {
   themes.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-name", "class", "data-vscode-theme-kind"] });
   more.addEventListener("toggle", schedule);
   const deaf = store.listen((what) => what === "update" && schedule());
-  redraw();
   schedule();
 
   return {

@@ -26,7 +26,7 @@ function nearest(sorted, value) {
 
 // The rolling quantiles, with a break where no token came for a while.
 function broken(levels, made) {
-  if (made.from > levels[0].length || made.source !== levels) {
+  if (made.source !== levels) {
     Object.assign(made, { from: 0, source: levels, data: [[], [], []] });
   }
   const [x, p50, p99] = made.data;
@@ -47,7 +47,7 @@ function broken(levels, made) {
 // Columns of the steps over time, as lines that are zero where nothing ran.
 function stepwise(steps, picked, made) {
   const [times, durations] = steps;
-  if (made.from > times.length || made.source !== steps) {
+  if (made.source !== steps) {
     const data = [[], ...picked.map(() => [])];
     Object.assign(made, { from: 0, end: -1, source: steps, data });
   }
