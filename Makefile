@@ -2,6 +2,7 @@
 #   PYTHON=...       the Python to make it with (3.11, 3.12 or 3.13)
 #   TORCH_INDEX=...  a package index to take torch from as well, e.g. PyTorch's CPU wheel index:
 #                    see CONTRIBUTING.md
+#   PARALLEL=        run one test at a time
 #   TEST_ARGS=..., BENCH_ARGS=..., LAB_ARGS=...   handed on to pytest, the benchmarks, JupyterLab
 
 VENV ?= .venv
@@ -13,6 +14,8 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 ENGINES := transformers llamacpp vllm
+# Two tests at a time, each file in one process: what a file's tests share is made once.
+PARALLEL ?= -n 2 --dist loadfile
 FAST := not slow and not demo and not browser and not gpu and not peers
 
 .DEFAULT_GOAL := help
@@ -45,10 +48,10 @@ lab: $(INSTALLED) ## Open the notebooks in JupyterLab
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(INSTALLED) browser ## Run all tests that this machine can run
-	$(PY) -m pytest -m "not peers" $(TEST_ARGS)
+	$(PY) -m pytest -m "not peers" $(PARALLEL) $(TEST_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that need neither the demo model nor a browser
-	$(PY) -m pytest -m "$(FAST)" $(TEST_ARGS)
+	$(PY) -m pytest -m "$(FAST)" $(PARALLEL) $(TEST_ARGS)
 
 lint: $(INSTALLED) ## Check format, lint, layers and types
 	$(PY) -m ruff format --check .

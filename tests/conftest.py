@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 # Before the first import of torch or huggingface_hub, which read them once. Small models run
-# slower on many threads, and no test may reach a hub.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# slower on many threads, and no test may reach a hub. Tests that run side by side share the
+# processors: threads that wait for each other by spinning would take ten times as long.
+_side_by_side = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = str(max(1, min(4, (os.cpu_count() or 1) // _side_by_side)))
+if _side_by_side > 1:
+    os.environ["OMP_NUM_THREADS"] = _threads  # in the place of the first process's
+os.environ.setdefault("OMP_NUM_THREADS", _threads)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

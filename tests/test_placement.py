@@ -532,9 +532,10 @@ def test_a_plan_that_does_not_fit_names_devices_over_which_it_would() -> None:
     assert four.spread == ("cuda:0", "cuda:1", "cpu", "disk")
     busy = ik.plan(llama_70b(), device="cuda:0", free={**free, "cuda:1": GIB, "cpu": 90 * GIB})
     assert busy.spread == ("cuda:0", "cpu")
-    cpu = ik.plan(llama_70b(), device="cpu", free={"cpu": 40 * GIB, "disk": 1000 * GIB})
+    slow = {"device": "cpu", "dtype": "bfloat16"}  # "auto" is float32 on an older processor
+    cpu = ik.plan(llama_70b(), **slow, free={"cpu": 40 * GIB, "disk": 1000 * GIB})
     assert cpu.spread == ("cpu", "disk")
-    nowhere = ik.plan(llama_70b(), device="cpu", free={"cpu": GIB, "disk": 1000 * GIB})
+    nowhere = ik.plan(llama_70b(), **slow, free={"cpu": GIB, "disk": 1000 * GIB})
     assert nowhere.spread == ()
 
 
