@@ -379,6 +379,12 @@ def _cpu_description() -> str:
     return ", ".join(parts + ([" ".join(known)] if known else []))
 
 
+def processor() -> frozenset[str]:
+    """All of the CPU that code compiled on it depends on: its name, and its instruction sets."""
+    model, flags = _cpuinfo()
+    return flags | {model or platform.processor() or platform.machine()}
+
+
 def _cpuinfo(path: Path = Path("/proc/cpuinfo")) -> tuple[str, frozenset[str]]:
     """Model name and instruction-set flags of the first core; both empty where unknown."""
     if not path.exists():

@@ -17,6 +17,7 @@ from typing import Any, Literal, overload
 
 from inferkit import memory
 from inferkit.catalog import Source
+from inferkit.engine.compiling import Compilation, Compile, check_compile
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
@@ -133,6 +134,11 @@ class Model:
     def fallback(self) -> str | None:
         """Why requests run one at a time whatever the policy, or None where they share batches."""
         return self._parts.fallback
+
+    @property
+    def compilation(self) -> Compilation:
+        """How far the compiled decode step is: its ``status``, ``reason`` and ``wait()``."""
+        return self._parts.compilation
 
     @property
     def tokenizer(self) -> Any:
@@ -281,6 +287,7 @@ class Model:
         batching: Batching | None = None,
         max_batch: int | None = None,
         context: int | None = None,
+        compile: Compile | None = None,
         **unknown: Any,
     ) -> Model:
         """Change how requests are batched; what is not given stays.
@@ -288,7 +295,8 @@ class Model:
         The policy holds at once, for requests that wait too. A new ``max_batch`` or ``context``
         needs a new KV cache: requests that run finish first, then those that wait go on. Where a
         model is split over devices and the larger cache does not fit beside its layers, these are
-        placed anew, and read again as `quantize` does.
+        placed anew, and read again as `quantize` does. ``compile`` holds from the next step on, or
+        as soon as the code is there: see ``compilation``.
 
         Raises:
             OptionError: An unknown option or policy, a batch below 1, or a context that the model
@@ -305,7 +313,12 @@ class Model:
             self.batching if batching is None else batching,
             self.max_batch if max_batch is None else max_batch,
         )
+        if compile is not None:
+            check_compile(compile)
         self._become(max_batch=max_batch, context=context)
+        if compile is not None:
+            with self._changing():
+                self._parts.set_compile(compile)
         if batching is not None:
             self._engine.set_batching(batching)
         return self
@@ -589,6 +602,7 @@ class Model:
             *facts,
             ("batching", batching),
             ("context", str(engine.context)),
+            ("decode step", str(resident.compilation)),
             ("weights", format_bytes(self.plan.weights)),
             ("KV cache", format_bytes(self.plan.kv_cache)),
             ("requests", f"{engine.running} running, {engine.waiting} waiting"),

@@ -54,6 +54,11 @@ class PackedLinear(nn.Module):
         return self.plain
 
     @property
+    def packed(self) -> Any:
+        """The packed weight, for torch's operation on it; None once unpacked or released."""
+        return self._packed
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weight."""
         return 0 if self._packed is None else int(torch.ops.mkldnn._nbytes(self._packed))

@@ -15,6 +15,7 @@ from typing import Any
 
 from inferkit import catalog, memory
 from inferkit.devices import resolve_device, resolve_dtype
+from inferkit.engine.compiling import Compile, check_compile
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
@@ -87,6 +88,7 @@ def load(
     force: bool = False,
     prefix_reuse: bool = True,
     prefill_chunk: int = PREFILL_CHUNK,
+    compile: Compile = "auto",
     double_quant: bool = False,
     compute_dtype: Any = "auto",
     progress: Progress = True,
@@ -95,9 +97,9 @@ def load(
     """Load a model, or return it where it is loaded already.
 
     Running the same call again gives the model that is loaded. The same name with another
-    ``quantize``, ``batching``, ``max_batch`` or ``context`` changes it in place; with anything else
-    other, or with files that were written again, the new model takes the old one's place (the old
-    one goes first only where both do not fit).
+    ``quantize``, ``batching``, ``max_batch``, ``context`` or ``compile`` changes it in place; with
+    anything else other, or with files that were written again, the new model takes the old one's
+    place (the old one goes first only where both do not fit).
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
@@ -122,6 +124,8 @@ def load(
         force: Load although the memory plan says that it does not fit.
         prefix_reuse: Reuse the KV cache of a prompt prefix that an earlier request had.
         prefill_chunk: Most prompt tokens per step, so that a long prompt does not stall the others.
+        compile: Compile the decode step in the background and swap it in when it is ready; the code
+            is kept for later loads. "auto" does so where it pays; see ``model.compilation``.
         double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
@@ -140,6 +144,7 @@ def load(
     """
     memory.check_known(unknown, load)
     check_batching(batching, max_batch)
+    check_compile(compile)
     asked = asked_format(quantize, double_quant, compute_dtype)
     memory.check_whole("prefill_chunk", prefill_chunk)
     _check_name(name)
@@ -177,6 +182,7 @@ def load(
                 progress=progress,
             )
             old._engine.set_batching(batching)
+            old._parts.set_compile(compile)
             return old
 
         def plan(adjust: Mapping[str, int]) -> MemoryPlan:
@@ -196,7 +202,14 @@ def load(
 
         planned = _make_room(plan, old, force)
         resident = take_in(
-            name, source, config, planned, identity, batching=batching, progress=progress
+            name,
+            source,
+            config,
+            planned,
+            identity,
+            batching=batching,
+            compile=compile,
+            progress=progress,
         )
         model = Model(source, resident, _promised)
         _table.pop(name, None)  # so that the table is in the order of loading

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from inferkit.catalog import Source
+from inferkit.engine.compiling import Compilation, Compile
 from inferkit.engine.detokenize import Detokenizer
 from inferkit.engine.engine import Engine
 from inferkit.engine.request import Request
@@ -68,9 +69,11 @@ class Resident:
         identity: What it was loaded as.
         loaded: Weights and tokenizer.
         batching: The policy to begin with.
+        compile: Whether to compile the decode step: see `Compilation`.
 
     Attributes:
         engine: The thread that works with the weights.
+        compilation: How far the compiled step is.
         pid: The process that loaded it; a fork of it has no such thread.
         reference: What it said in "none", where somebody compares its modes; see `reference.py`.
     """
@@ -84,6 +87,7 @@ class Resident:
         identity: Identity,
         loaded: Loaded,
         batching: Batching,
+        compile: Compile,
     ) -> None:
         self.name = name
         self.source = source
@@ -103,6 +107,8 @@ class Resident:
             settings=self._settings,
             name=name,
         )
+        self.compile = compile
+        self.compilation = Compilation(self.engine.runner, compile)
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +168,7 @@ class Resident:
         raise problem
 
     def _read(self, plan: MemoryPlan, identity: Identity, progress: Progress) -> None:
+        self.compilation.stop()
         self.engine.runner.release()
         release_weights(self.loaded)
         loaded = load_files(
@@ -169,6 +176,14 @@ class Resident:
         )
         self.loaded, self.plan, self.identity = loaded, plan, identity
         self.engine.adopt(_runner(loaded, plan, identity), plan.max_batch, plan.context)
+        self.compilation = Compilation(self.engine.runner, self.compile)
+
+    def set_compile(self, compile: Compile) -> None:
+        """Compile the decode step from now on, or run the architecture's own code."""
+        if compile != self.compile:
+            self.compile = compile
+            self.compilation.stop()
+            self.compilation = Compilation(self.engine.runner, compile)
 
     def _put_back(self, plan: MemoryPlan, identity: Identity) -> None:
         try:
@@ -217,6 +232,7 @@ class Resident:
             release(self.loaded)
 
         self.reference = None
+        self.compilation.stop()
         self.engine.close(empty)
 
     def _settings(self) -> Settings:
@@ -240,6 +256,7 @@ def take_in(
     identity: Identity,
     *,
     batching: Batching,
+    compile: Compile,
     progress: Progress,
 ) -> Resident:
     """Read a model's weights and start its engine; what stops it on the way is released.
@@ -251,7 +268,7 @@ def take_in(
         source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
     )
     try:
-        return Resident(name, source, config, plan, identity, loaded, batching)
+        return Resident(name, source, config, plan, identity, loaded, batching, compile)
     except BaseException as error:
         release(loaded)
         problem = failure(error, source, plan)

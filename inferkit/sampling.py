@@ -198,9 +198,19 @@ class RowSampler:
         """Whether the raw logits alone decide: greedy, without penalty and without logprobs."""
         return self.greedy and self._seen_ids is None and not self.params.logprobs
 
+    @property
+    def truncated(self) -> bool:
+        """Whether top_k, top_p or min_p drop tokens."""
+        p = self.params
+        return bool(p.top_k) or p.top_p < 1 or p.min_p > 0
+
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own sequence."""
         return self._random.random()
+
+    def draw(self) -> float:
+        """The number that the next token is drawn by; a greedy row has no need of one."""
+        return 0.0 if self.greedy else self.uniform()
 
     def observe(self, token_id: int) -> None:
         """Remember a token that was generated."""
@@ -236,29 +246,37 @@ class Sampled:
 def sample(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[Sampled]:
     """Choose one token per row.
 
+    All rows are worked on together on the logits' device, and what was chosen comes from there in
+    one piece: a GPU is waited for once, whatever the rows ask for. Log-probabilities come in two
+    pieces more; and once more is waited where a row's filters leave more candidates than were
+    looked at.
+
     Args:
         logits: [rows, vocab], in the model's dtype.
         rows: One state per row; each sampled row consumes one random number.
     """
-    best, best_ids = _best(logits)
-    finite = best.isfinite().tolist()
-    ids = best_ids.tolist()
-    logprobs: dict[int, TokenLogprobs] = {}
-    busy = [i for i, row in enumerate(rows) if finite[i] and not row.plain]
+    import torch
+
+    best, ids = _best(logits)
+    enough = torch.ones_like(ids, dtype=torch.bool)
+    busy = [i for i, row in enumerate(rows) if not row.plain]
     if busy:
-        raw = logits[busy].float()
-        scores = _penalized(raw, [rows[i] for i in busy])
-        for i, token_id in zip(busy, _choose(scores, [rows[i] for i in busy]), strict=True):
-            ids[i] = token_id
-        for j, i in enumerate(busy):
-            wanted = rows[i].params.logprobs
-            if wanted:
-                logprobs[i] = _logprobs(raw[j], ids[i], wanted)
+        states, uniform = [rows[i] for i in busy], [rows[i].draw() for i in busy]
+        asked_of = logits if len(busy) == len(rows) else logits[busy]
+        scores = _penalized(asked_of.float(), states)
+        ids[busy], enough[busy] = _choose(scores, states, uniform)
+    finite, looked, chosen = torch.stack([best.isfinite().long(), enough.long(), ids]).tolist()
+    for j, i in enumerate(busy):
+        if finite[i] and not looked[i]:
+            chosen[i] = _of_all(scores[j], states[j], uniform[j])
+    asked = [i for i in busy if finite[i] and rows[i].params.logprobs]
+    wanted = [(i, chosen[i], rows[i].params.logprobs) for i in asked]
+    told = dict(zip(asked, _logprobs(logits, wanted), strict=True))
     out = []
     for i, row in enumerate(rows):
         if finite[i]:
-            row.observe(ids[i])
-            out.append(Sampled(ids[i], logprobs.get(i)))
+            row.observe(chosen[i])
+            out.append(Sampled(chosen[i], told.get(i)))
         else:
             out.append(Sampled(-1, error=NonFiniteLogitsError(_NON_FINITE)))
     return out
@@ -295,25 +313,27 @@ def _penalized(raw: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
     return torch.stack([row.penalize(line) for row, line in zip(rows, raw, strict=True)])
 
 
-def _choose(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """Token ids for rows of fp32 scores [rows, vocab]; each kind of row in one batched call."""
-    ids = [0] * len(rows)
-    groups: dict[Any, list[int]] = {}
-    for i, row in enumerate(rows):
-        p = row.params
-        truncated = bool(p.top_k) or p.top_p < 1 or p.min_p > 0
-        groups.setdefault(
-            _argmax if row.greedy else _truncated if truncated else _whole, []
-        ).append(i)
-    for method, members in groups.items():
-        chosen = method(scores[members], [rows[i] for i in members])
-        for i, token_id in zip(members, chosen, strict=True):
-            ids[i] = token_id
-    return ids
+def _choose(
+    scores: torch.Tensor, rows: Sequence[RowSampler], uniform: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [rows] for fp32 scores [rows, vocab]; each kind of row in one batched call.
 
+    Also tells, per row, whether enough candidates were looked at: see `_of_all`.
+    """
+    import torch
 
-def _argmax(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    return scores.argmax(dim=-1).tolist()
+    ids = scores.argmax(dim=-1)
+    enough = torch.ones_like(ids, dtype=torch.bool)
+    drawn = [i for i, row in enumerate(rows) if not row.greedy]
+    truncated = [i for i in drawn if rows[i].truncated]
+    whole = [i for i in drawn if not rows[i].truncated]
+    if whole:
+        ids[whole] = _whole(scores[whole], [rows[i] for i in whole], [uniform[i] for i in whole])
+    if truncated:
+        ids[truncated], enough[truncated] = _truncated(
+            scores[truncated], [rows[i] for i in truncated], [uniform[i] for i in truncated]
+        )
+    return ids, enough
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
@@ -322,27 +342,37 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _whole(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
+def _whole(
+    scores: torch.Tensor, rows: Sequence[RowSampler], uniform: Sequence[float]
+) -> torch.Tensor:
     """Draw from the whole distribution, in the order of the vocabulary."""
     probs = (scores / _column([r.params.temperature for r in rows], scores)).softmax(dim=-1)
-    return _invert(probs, [r.uniform() for r in rows]).tolist()
+    return _invert(probs, uniform)
 
 
-def _truncated(scores: torch.Tensor, rows: Sequence[RowSampler]) -> list[int]:
-    """Draw from the likeliest tokens that top_k, top_p and min_p leave."""
+def _truncated(
+    scores: torch.Tensor, rows: Sequence[RowSampler], uniform: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw from the likeliest tokens that top_k, top_p and min_p leave.
+
+    Only so many candidates are looked at; also tells, per row, whether they were enough.
+    """
     scores = scores / _column([r.params.temperature for r in rows], scores)
-    uniform = [r.uniform() for r in rows]
     log_total = scores.logsumexp(dim=-1, keepdim=True)
     count = min(_CANDIDATES, scores.shape[-1])
     top, top_ids = scores.topk(count, dim=-1)
     kept, enough = _keep(top, log_total, rows, scores.shape[-1])
-    chosen = top_ids.gather(-1, _invert(kept, uniform)[:, None])[:, 0].tolist()
-    for i, whole in enumerate(enough.tolist()):
-        if not whole and count < scores.shape[-1]:
-            ordered, order = scores[i : i + 1].sort(dim=-1, descending=True)
-            kept, _ = _keep(ordered, log_total[i : i + 1], rows[i : i + 1], scores.shape[-1])
-            chosen[i] = int(order[0, _invert(kept, uniform[i : i + 1])[0]])
-    return chosen
+    chosen = top_ids.gather(-1, _invert(kept, uniform)[:, None])[:, 0]
+    return chosen, enough if count < scores.shape[-1] else enough | True
+
+
+def _of_all(scores: torch.Tensor, row: RowSampler, uniform: float) -> int:
+    """Draw for one row [vocab] from all the tokens that its filters leave."""
+    scores = scores[None] / row.params.temperature
+    log_total = scores.logsumexp(dim=-1, keepdim=True)
+    ordered, order = scores.sort(dim=-1, descending=True)
+    kept, _ = _keep(ordered, log_total, [row], scores.shape[-1])
+    return int(order[0, _invert(kept, [uniform])[0]])
 
 
 def _keep(
@@ -384,8 +414,17 @@ def _invert(weights: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
     return torch.minimum(index, last)
 
 
-def _logprobs(raw: torch.Tensor, token_id: int, count: int) -> TokenLogprobs:
-    logprobs = raw - raw.logsumexp(dim=-1)
-    values, ids = logprobs.topk(min(count, raw.shape[-1]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprobs[token_id]), top)
+def _logprobs(logits: torch.Tensor, wanted: Sequence[tuple[int, int, int]]) -> list[TokenLogprobs]:
+    """Log-probabilities for (row, token, how many of the likeliest) of logits [rows, vocab]."""
+    import torch
+
+    if not wanted:
+        return []
+    logprobs = logits[[row for row, _, _ in wanted]].float().log_softmax(dim=-1)
+    tokens = torch.tensor([token for _, token, _ in wanted], device=logits.device)[:, None]
+    top, top_ids = logprobs.topk(min(max(n for _, _, n in wanted), logits.shape[-1]))
+    values = torch.cat([logprobs.gather(-1, tokens), top], dim=-1).tolist()
+    return [
+        TokenLogprobs(token, own, tuple(zip(ids, likeliest))[:count])
+        for (_, token, count), (own, *likeliest), ids in zip(wanted, values, top_ids.tolist())
+    ]

@@ -25,6 +25,8 @@ if _side_by_side > 1:
 os.environ.setdefault("OMP_NUM_THREADS", _threads)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What "auto" compiles in the background would compete with the tests; test_compile.py asks for it.
+os.environ.setdefault("INFERKIT_COMPILE", "0")
 
 # A job that a shell starts in the background ignores Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)

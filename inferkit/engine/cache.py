@@ -75,6 +75,8 @@ class SlotCache:
         self.slots = slots
         self.context = context
         self.prefill_chunk = prefill_chunk
+        # Whether the layers that read it may run their compiled code: see compiled.py.
+        self.compiled = False
         self._layers = [
             _Layer(
                 g,
@@ -89,6 +91,10 @@ class SlotCache:
             self._bytes_per_token[layer.capacity] = (
                 self._bytes_per_token.get(layer.capacity, 0) + per_token
             )
+        longest = max(layer.capacity for layer in self._layers)
+        self._numbers = {
+            d: torch.arange(longest, device=d) for d in {x.keys.device for x in self._layers}
+        }
         # What `swap` moves rows through: it must not need memory when there is none.
         self._spare = _spare_rows(self._layers) if slots > 1 else {}
         # No model may depend on the length it asks for, for every row has its own: see serving.py.
@@ -128,16 +134,23 @@ class SlotCache:
         assert view is not None, "begin() comes first"
         read = self._read(layer)
         rows, where = self._write_index(layer)
-        out = []
         for store, new in ((layer.keys, keys), (layer.values, values)):
-            if isinstance(view.slots, slice):
-                part = store[view.slots]
-                part[rows, :, where] = new.transpose(1, 2)
-                out.append(part[:, :, :read])
-            else:
-                store[rows, :, where] = new.transpose(1, 2)
-                out.append(store[:, :, :read][view.slots])
-        return out[0], out[1]
+            write(store, new, rows, where)
+        return layer.keys[:, :, :read][view.slots], layer.values[:, :, :read][view.slots]
+
+    def operands(self, layer_idx: int) -> list[torch.Tensor] | None:
+        """What compiled code of a layer takes of this cache in this pass, in this order.
+
+        The layer's keys and values; each row's slot [rows]; where in the layer each token goes
+        [rows, tokens]; and something as long as what may be read [read positions]. None where the
+        rows are no neighbouring slots from the first on, which are read in place.
+        """
+        layer, view = self._layers[layer_idx], self._view
+        assert view is not None, "begin() comes first"
+        if not isinstance(view.slots, slice):
+            return None
+        rows, where = self._write_index(layer)
+        return [layer.keys, layer.values, rows, where, self._entries(layer)]
 
     def masks(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """One additive mask [rows, 1, tokens, read positions] per kind of layer in the model."""
@@ -164,16 +177,21 @@ class SlotCache:
         device = layer.keys.device
         key = (device, layer.capacity)
         if key not in self._index:
-            rows = len(view.positions)
-            chosen = range(rows) if isinstance(view.slots, slice) else view.slots
-            index = torch.tensor(chosen, device=device)[:, None]
+            index = (
+                torch.arange(len(view.positions), device=device)
+                if isinstance(view.slots, slice)
+                else torch.tensor(view.slots, device=device)
+            )
             self._index[key] = (index, (view.positions % layer.capacity).to(device))
         return self._index[key]
+
+    def _entries(self, layer: _Layer) -> torch.Tensor:
+        return self._numbers[layer.keys.device][: self._read(layer)]
 
     def _mask(self, layer: _Layer, dtype: torch.dtype) -> torch.Tensor:
         view = self._view
         assert view is not None
-        entries = torch.arange(self._read(layer), device=view.positions.device)
+        entries = self._entries(layer).to(view.positions.device)
         last = view.last[:, None]
         held = last - torch.remainder(last - entries, layer.capacity)  # [rows, read]
         asked = view.positions[:, :, None]  # [rows, tokens, 1]
@@ -231,8 +249,21 @@ class SlotCache:
         """Give the memory back, although somebody may still hold this object."""
         self._layers.clear()
         self._spare.clear()
+        self._numbers.clear()
         self._view = None
         self._index.clear()
+
+
+def write(store: torch.Tensor, new: torch.Tensor, rows: torch.Tensor, where: torch.Tensor) -> None:
+    """Put new keys or values into a layer's slots.
+
+    Args:
+        store: [slots, KV heads, capacity, dim].
+        new: [rows, KV heads, tokens, dim].
+        rows: [rows], the slot of each.
+        where: [rows, tokens], the entry that each token goes to.
+    """
+    store[rows[:, None], :, where] = new.transpose(1, 2)
 
 
 def _spare_rows(layers: Sequence[_Layer]) -> dict[torch.device, torch.Tensor]:

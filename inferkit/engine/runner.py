@@ -17,6 +17,8 @@ import torch
 
 from inferkit.engine import attention
 from inferkit.engine.cache import SlotCache, View
+from inferkit.engine.compiled import CompiledLayers
+from inferkit.engine.cudagraphs import CudaGraphs
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV
 from inferkit.offload import input_device, running
@@ -39,6 +41,10 @@ class SlottedRunner:
 
     A pass has fixed shapes but for the number of rows, of tokens and of cache positions read, and
     no control flow that depends on data, so that it can be compiled.
+
+    Attributes:
+        layers: The compiled code of the model's layers, if there is any.
+        graphs: The decode steps as CUDA graphs, where they run as such.
     """
 
     def __init__(
@@ -56,13 +62,35 @@ class SlottedRunner:
         self.prefill_chunk = prefill_chunk
         self.geometry = tuple(geometry)
         self._devices = _layer_devices(module, len(self.geometry), self.device)
+        self.layers: CompiledLayers | None = None
+        self.graphs: CudaGraphs | None = None
         self.cache = self._new_cache(slots, context)
         module.set_attn_implementation(attention.NAME)
 
     def resize(self, slots: int, context: int) -> None:
         """Replace the cache by an empty one of another size; the old one goes first."""
+        if self.graphs is not None:
+            self.graphs.release()  # they write to its addresses
         self.cache.release()
+        compiled = self.cache.compiled
         self.cache = self._new_cache(slots, context)
+        self.cache.compiled = compiled
+        self.use_graphs(self.graphs is not None)
+
+    def use_graphs(self, wanted: bool) -> None:
+        """Run decode steps as CUDA graphs from now on, or not; while no pass runs."""
+        self.graphs = None
+        if wanted:
+            cache = self.cache
+            self.graphs = CudaGraphs(self._step, self.device, cache.slots, cache.context)
+
+    def use_compiled(self, layers: CompiledLayers | None) -> None:
+        """Run these layers' compiled code from now on, or with None the architecture's own.
+
+        Any thread may say so, also while a pass runs.
+        """
+        self.layers = layers or self.layers
+        self.cache.compiled = layers is not None
 
     def _new_cache(self, slots: int, context: int) -> SlotCache:
         return SlotCache(
@@ -100,15 +128,29 @@ class SlottedRunner:
         room = self.cache.context - max(c.start for c in chunks)
         return max(longest, min(-(-longest // _WIDTHS) * _WIDTHS, self.prefill_chunk, room))
 
+    def rows(self, wanted: int) -> int:
+        """How many rows a decode step takes to give so many a token."""
+        return wanted if self.graphs is None else self.graphs.rows(wanted)
+
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab]."""
-        return self._forward(
-            slice(0, len(tokens)),
-            [[t] for t in tokens],
-            [[p] for p in positions],
-            list(positions),
+        """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab].
+
+        They hold until the next step. n is best one of those that `rows` gives.
+        """
+        if self.graphs is not None:
+            logits = self.graphs.step(tokens, positions)
+            if logits is not None:
+                return logits
+        return self._step(
+            torch.tensor(tokens, device=self.device)[:, None],
+            torch.tensor(positions, device=self.device)[:, None],
             max(positions),
-        )[:, -1]
+        )
+
+    def _step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """A decode pass; see `cudagraphs.Pass`."""
+        rows = slice(0, len(tokens))
+        return self._pass(tokens, View(rows, positions, positions[:, 0], longest), 1)[:, -1]
 
     def score(self, tokens: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield the logits after each of a row's tokens, [part, vocab] at a time.
@@ -122,7 +164,6 @@ class SlottedRunner:
             where = list(range(start, end))
             yield self._forward([0], [part], [where], [end - 1], end - 1, keep=0)[0]
 
-    @torch.inference_mode()
     def _forward(
         self,
         slots: slice | list[int],
@@ -132,14 +173,20 @@ class SlottedRunner:
         longest: int,
         keep: int = 1,
     ) -> torch.Tensor:
-        """The logits [rows, kept, vocab] after the last ``keep`` tokens, or after all for 0."""
+        """`_pass` over plain numbers."""
         where = torch.tensor(positions, device=self.device)
-        self.cache.begin(View(slots, where, torch.tensor(last, device=self.device), longest))
+        view = View(slots, where, torch.tensor(last, device=self.device), longest)
+        return self._pass(torch.tensor(tokens, device=self.device), view, keep)
+
+    @torch.inference_mode()
+    def _pass(self, tokens: torch.Tensor, view: View, keep: int) -> torch.Tensor:
+        """The logits [rows, kept, vocab] after the last ``keep`` tokens, or after all for 0."""
+        self.cache.begin(view)
         masks = self.cache.masks(self.dtype)
         out = self.module(
-            input_ids=torch.tensor(tokens, device=self.device),
+            input_ids=tokens,
             attention_mask=_as_model_wants(masks),
-            position_ids=where,
+            position_ids=view.positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
@@ -153,8 +200,11 @@ class SlottedRunner:
         return self.cache.nbytes
 
     def release(self) -> None:
-        """Give the cache's memory back."""
+        """Give the cache's memory back, and let go of the weights."""
+        self.use_graphs(False)
         self.cache.release()
+        if self.layers is not None:
+            self.layers.release()
 
 
 def _as_model_wants(masks: dict[str, torch.Tensor]) -> Any:
@@ -266,7 +316,11 @@ def probe(
     runner: SlottedRunner, prompts: Sequence[Sequence[int]], wanted: torch.Tensor
 ) -> ProbeResult:
     """Compare the logits over slots with the model's own."""
-    got = slotted_logits(runner, prompts)
+    return nearness(runner, slotted_logits(runner, prompts), wanted)
+
+
+def nearness(runner: SlottedRunner, got: torch.Tensor, wanted: torch.Tensor) -> ProbeResult:
+    """Compare logits [prompts, vocab] that should be the same but for rounding."""
     cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min().item()
     return ProbeResult(cosine, 0.9999 if _exact(runner) else 0.97)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from inferkit.devices import out_of_memory
 from inferkit.engine.runner import (
     SlottedRunner,
+    nearness,
     probe,
     probe_prompts,
     reference_logits,
@@ -86,6 +87,44 @@ def reason_against(runner: SlottedRunner, context: int) -> str | None:
     trial = _trial(runner.module, runner.geometry, prompts)
     try:
         return _heeds_length(trial, prompts, context)
+    finally:
+        trial.release()
+
+
+def compiled_reason(runner: SlottedRunner) -> str | None:
+    """Why the compiled code of a model's layers is not to be used, or None where it is right.
+
+    It runs over a cache of its own, so that the model may serve requests meanwhile.
+    """
+
+    def switch(trial: SlottedRunner, on: bool) -> None:
+        trial.cache.compiled = on
+
+    return _differs(runner, switch)
+
+
+def graphs_reason(runner: SlottedRunner) -> str | None:
+    """Why a model's decode step is not to run as CUDA graphs, or None where that is right."""
+    return _differs(runner, SlottedRunner.use_graphs)
+
+
+def _differs(runner: SlottedRunner, switch: Callable[[SlottedRunner, bool], None]) -> str | None:
+    prompts = _prompts(runner.module, runner.geometry, runner.cache.context)
+    trial = _trial(runner.module, runner.geometry, prompts)
+    try:
+        for rows in (prompts, prompts[:1]):
+            switch(trial, False)
+            wanted = slotted_logits(trial, rows)
+            switch(trial, True)
+            result = nearness(trial, slotted_logits(trial, rows), wanted)
+            if trial.graphs is not None and trial.graphs.reason is not None:
+                return trial.graphs.reason
+            if not result.ok:
+                return (
+                    f"compiled, {type(runner.module).__name__} gives other logits (cosine "
+                    f"{result.cosine:.4f}, {result.threshold} is needed)"
+                )
+        return None
     finally:
         trial.release()
 

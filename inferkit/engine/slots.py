@@ -88,11 +88,11 @@ class Slots:
         self._awaited.pop(id(entry), None)
         return True
 
-    def next_position(self, entry: Entry) -> int:
-        """Where a token can be written to an active slot without harm to what it holds."""
-        if id(entry) in self._seeded:
-            return entry.computed
-        return len(self._kept[entry.slot].tokens)
+    def next_position(self, slot: int) -> int:
+        """Where a token can be written to a slot without harm to what it holds."""
+        if slot < len(self._active) and id(self._active[slot]) in self._seeded:
+            return self._active[slot].computed
+        return len(self._kept[slot].tokens)
 
     def free(self, entry: Entry, *, keep: bool) -> None:
         """Take a request's slot back; ``keep`` its tokens for later prefixes, or wipe them.

@@ -262,12 +262,12 @@ class Stepper:
         assert isinstance(self.runner, SlottedRunner)
         assert self._slots is not None
         slots = [e.slot for e in entries]
-        # A slot that is still being prefilled takes part with a token that its next part replaces.
-        by_slot = {e.slot: e for e in self.scheduler.running}
-        rows = [by_slot[slot] for slot in range(max(slots) + 1)]
-        decoding = set(slots)
-        tokens = [e.tokens[e.computed] if e.slot in decoding else 0 for e in rows]
-        positions = [self._slots.next_position(e) for e in rows]
+        # A slot that is still being prefilled takes part with a token that its next part replaces,
+        # a free one with one that nothing reads.
+        decoding = {e.slot: e for e in entries}
+        rows = range(self.runner.rows(max(slots) + 1))
+        tokens = [decoding[s].tokens[decoding[s].computed] if s in decoding else 0 for s in rows]
+        positions = [self._slots.next_position(s) for s in rows]
         logits = self._timed(self.runner.decode, tokens, positions)
         if len(rows) > len(entries):
             logits = logits[slots]

@@ -1,0 +1,371 @@
+"""Compiling a model's decode step in the background, while its engine serves without.
+
+    <cache>/compiled/<key>/          the code of all decoder layers: see tracing.py
+    <cache>/compiled/.<key>.lock     held while it is made
+    <cache>/compiled/.<key>.tmp-*/   where it is made
+
+The key stands for all that the code depends on: the architecture, dtypes and shapes, the processor,
+the number of threads, and the versions of what made it. Weights and the size of the KV cache are
+not in it, so that a load of the same architecture finds it, in any kernel on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from inferkit.conversions import cache_dir
+from inferkit.devices import find_device, processor
+from inferkit.engine.compiled import CONTENTS, CompiledLayers
+from inferkit.engine.openmp import release_team
+from inferkit.engine.runner import SlottedRunner
+from inferkit.engine.sequential import SequentialRunner
+from inferkit.engine.serving import compiled_reason, graphs_reason
+from inferkit.errors import OptionError
+from inferkit.html import format_bytes
+from inferkit.packing import PackedLinear
+
+Compile = bool | Literal["auto"]
+Status = Literal["eager", "compiling", "compiled"]
+
+FORMAT = 1  # goes up when the code is made or called in another way
+SMALL = 64 << 20
+"""Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
+ROOM = 2 << 30
+"""Bytes of free memory below which "auto" compiles nothing: torch and the compiler need them."""
+
+_TICK = 0.2
+_log = logging.getLogger("inferkit")
+
+
+def check_compile(compile: Any) -> None:
+    """Raise OptionError unless it is True, False or "auto"."""
+    if not isinstance(compile, bool) and compile != "auto":
+        raise OptionError(f"compile={compile!r}: give True, False or 'auto'.")
+
+
+class _Stopped(Exception):
+    """The work is no longer wanted."""
+
+
+class Compilation:
+    """The compiled step of one runner: on its way, in use, or why not.
+
+    Begins at once, in a thread of its own; failure leaves the step as it is, with a reason. Its
+    attributes may be read from any thread.
+
+    Args:
+        runner: What serves the model.
+        compile: Whether to: "auto" compiles where that pays, unless the environment variable
+            INFERKIT_COMPILE is 0.
+
+    Attributes:
+        status: "eager" (the architecture's own code runs), "compiling" (it still does) or
+            "compiled".
+        reason: Why it is eager.
+        done: Pieces of code that are compiled.
+        total: How many there will be; 0 until that is known.
+    """
+
+    def __init__(self, runner: SlottedRunner | SequentialRunner, compile: Compile) -> None:
+        self.status: Status = "eager"
+        self.done = self.total = 0
+        self._stop = threading.Event()
+        self._ended = threading.Event()
+        self._working = threading.Lock()
+        self.reason = _against(runner, compile) or ""
+        if isinstance(runner, SequentialRunner):
+            self._ended.set()
+        elif self.reason:
+            runner.use_compiled(None)
+            runner.use_graphs(False)
+            self._ended.set()
+        elif runner.device.type == "cuda":
+            self._capture(runner)
+        elif runner.layers is not None:  # compiled before, and switched off
+            runner.use_compiled(runner.layers)
+            self._end("compiled", "")
+        else:
+            self.status = "compiling"
+            work = threading.Thread(
+                target=self._work, args=(runner,), name="inferkit-compile", daemon=True
+            )
+            work.start()
+
+    def __str__(self) -> str:
+        if self.status == "compiling" and self.total:
+            return f"compiling ({self.done} of {self.total})"
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is compiled, or will not be; whether it is. Can be interrupted.
+
+        Args:
+            timeout: Most seconds to wait.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._ended.wait(_TICK):
+            if deadline is not None and time.monotonic() > deadline:
+                break
+        return self.status == "compiled"
+
+    def stop(self) -> None:
+        """End the work, if it goes on; returns when nothing of it touches the model any more."""
+        self._stop.set()
+        with self._working:
+            pass
+
+    def _capture(self, runner: SlottedRunner) -> None:
+        """On CUDA there is nothing to compile ahead: see cudagraphs.py."""
+        try:
+            reason = graphs_reason(runner)
+        except Exception as error:  # code of any architecture, where it must not wait
+            reason = _first_line(error)
+        runner.use_graphs(reason is None)
+        self._end("eager" if reason else "compiled", reason or "")
+
+    def _work(self, runner: SlottedRunner) -> None:
+        try:
+            folder = self._code(_job(runner.module, runner.geometry))
+            with self._working:
+                self._check()
+                self._put_in_place(runner, _layers(runner.module, folder))
+        except _Stopped:
+            self._end("eager", "it was stopped")
+        except Exception as error:  # whatever torch, a compiler or the system may raise
+            _log.debug("Compiling failed.", exc_info=True)
+            self._end("eager", _first_line(error))
+        finally:
+            release_team()
+
+    def _put_in_place(self, runner: SlottedRunner, layers: CompiledLayers) -> None:
+        reason = compiled_reason(runner)
+        if reason is None:
+            runner.use_compiled(layers)
+            self._end("compiled", "")
+        else:
+            layers.release()
+            self._end("eager", reason)
+
+    def _end(self, status: Status, reason: str) -> None:
+        self.status, self.reason = status, reason
+        self._ended.set()
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Stopped
+
+    # -- the code -------------------------------------------------------------------------------
+
+    def _code(self, job: dict[str, Any]) -> Path:
+        """The folder with the code, made now if need be."""
+        target = _home(job)
+        home = target.parent
+        if (target / CONTENTS).is_file():
+            return target
+        home.mkdir(parents=True, exist_ok=True)
+        with self._only_one(home / f".{target.name}.lock"):
+            if (target / CONTENTS).is_file():
+                return target
+            for stale in (target, *home.glob(f".{target.name}.tmp-*")):
+                shutil.rmtree(stale, ignore_errors=not stale.exists())
+            made = Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name}.tmp-"))
+            try:
+                self._run({**job, "folder": str(made)})
+                made.rename(target)
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        return target
+
+    @contextlib.contextmanager
+    def _only_one(self, path: Path) -> Iterator[None]:
+        """Hold a lock between processes; `stop` ends the wait."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path)
+        while True:
+            self._check()
+            try:
+                lock.acquire(timeout=_TICK)
+                break
+            except Timeout:
+                continue
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _run(self, job: dict[str, Any]) -> None:
+        """Do a job in a process of its own; it ends with this one, and with `stop`."""
+        with tempfile.TemporaryFile() as log, _worker(log) as worker:
+            ended = threading.Thread(target=self._watch, args=(worker,), daemon=True)
+            ended.start()
+            worker.stdin.write(json.dumps(job) + "\n")
+            worker.stdin.flush()  # and left open: its end tells the worker that we are gone
+            failure = None
+            for line in worker.stdout:
+                said = json.loads(line)
+                failure = said.get("error", failure)
+                self.done, self.total = said.get("done", self.done), said.get("total", self.total)
+            worker.wait()
+            ended.join()
+            self._check()
+            if worker.returncode:
+                log.seek(0)
+                _log.debug("%s", log.read().decode(errors="replace"))
+                raise RuntimeError(failure or f"the compiler's process ended ({worker.returncode})")
+
+    def _watch(self, worker: subprocess.Popen[str]) -> None:
+        while worker.poll() is None:
+            if self._stop.wait(_TICK):
+                _kill(worker)
+                return
+
+
+def _layers(module: Any, folder: Path) -> CompiledLayers:
+    try:
+        return CompiledLayers(module, folder)
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)  # the next load makes it again
+        raise
+
+
+@contextlib.contextmanager
+def _worker(log: Any) -> Iterator[Any]:
+    # A session of its own: an interrupt of the notebook is not for it. Its compiler ends with it.
+    worker = subprocess.Popen(
+        [sys.executable, "-P", "-m", "inferkit.engine.tracing"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    try:
+        yield worker
+    finally:
+        _kill(worker)
+        worker.wait()
+        for pipe in (worker.stdin, worker.stdout):
+            with contextlib.suppress(OSError):  # what was not yet written to a process that ended
+                pipe.close()  # type: ignore[union-attr]
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _against(runner: SlottedRunner | SequentialRunner, compile: Compile) -> str | None:
+    """Why not to compile, if there is a reason."""
+    if compile is False:
+        return "compile=False"
+    if isinstance(runner, SequentialRunner):
+        return "requests run one at a time"
+    checks: list[Callable[[SlottedRunner], str | None]] = [_unsupported, _no_compiler]
+    if compile == "auto":
+        checks = [_not_asked, *checks, _not_worth]
+    return next((reason for check in checks if (reason := check(runner))), None)
+
+
+def _not_asked(runner: SlottedRunner) -> str | None:
+    return "INFERKIT_COMPILE=0" if os.environ.get("INFERKIT_COMPILE") == "0" else None
+
+
+def _unsupported(runner: SlottedRunner) -> str | None:
+    module = runner.module
+    tensors = [*module.parameters(), *module.buffers()]
+    where = {str(t.device) for t in tensors}
+    if len(where) > 1:
+        return f"the layers are on several devices ({', '.join(sorted(where))})"
+    if runner.device.type not in ("cpu", "cuda"):
+        return f"nothing is compiled for {runner.device.type}"
+    if runner.device.type == "cuda":
+        return None
+    if getattr(module.config, "quantization_config", None) is not None:
+        return "quantized layers run code of their own"
+    if type(module).__module__.startswith("transformers_modules"):
+        return "the architecture's code came with the model"
+    return None
+
+
+def _no_compiler(runner: SlottedRunner) -> str | None:
+    if runner.device.type != "cpu":
+        return None
+    named = os.environ.get("CXX")
+    if sys.platform == "win32" or not hasattr(os, "killpg"):
+        return "compiling is not supported on this system"
+    if not any(shutil.which(c) for c in ([named] if named else ["g++", "clang++"])):
+        return "no C++ compiler was found (Debian and Ubuntu: apt-get install g++)"
+    return None
+
+
+def _not_worth(runner: SlottedRunner) -> str | None:
+    if runner.device.type != "cpu":
+        return None
+    weights = sum(p.nbytes for p in runner.module.parameters())
+    weights += sum(m.packed_bytes for m in runner.module.modules() if isinstance(m, PackedLinear))
+    if weights < SMALL:
+        return f"a model of {format_bytes(weights)} gains little"
+    free = find_device("cpu").free
+    if free < ROOM and not (_home(_job(runner.module, runner.geometry)) / CONTENTS).is_file():
+        return f"compiling takes up to {format_bytes(ROOM)}, and {format_bytes(free)} are free"
+    return None
+
+
+def _job(module: Any, geometry: Any) -> dict[str, Any]:
+    """What `tracing` needs to know of a model."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    config = module.config.to_dict()
+    config.pop("_name_or_path", None)  # where it was loaded from makes no other code
+    packed = [name for name, m in module.named_modules() if isinstance(m, PackedLinear)]
+    return {
+        "class": type(module).__name__,
+        "config": json.loads(json.dumps(config, default=str)),
+        "dtype": str(module.dtype).removeprefix("torch."),
+        "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors},
+        "packed": packed,
+        "geometry": [asdict(g) for g in geometry],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _home(job: dict[str, Any]) -> Path:
+    """Where the code of a job is, once it is made."""
+    import transformers
+
+    from inferkit import __version__
+
+    made_by = (
+        FORMAT,
+        __version__,
+        torch.__version__,
+        transformers.__version__,
+        sys.version_info[:2],
+    )
+    said = json.dumps([job, made_by, sorted(processor())], sort_keys=True, default=str)
+    return cache_dir() / "compiled" / hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,420 @@
+"""Compile the decoder layers of a model: what runs in a process of its own, without weights.
+
+    python -m inferkit.engine.tracing    # a line of JSON on its standard input is the job
+
+A layer is a pure function of its inputs, of one layer's keys and values, and of its weights. It is
+traced on empty tensors and compiled ahead of time by torch's inductor (AOTInductor), for one row
+and for any number of rows. Layers that trace to the same graph share its code, so that the time
+does not grow with the depth of a model. The code holds no weights and no size of the KV cache, so
+that it serves every load of the same architecture.
+
+Each line of the output is JSON: ``{"done": 1, "total": 4}``, or ``{"error": "..."}`` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+from torch.func import functional_call
+
+from inferkit.engine import attention
+from inferkit.engine.cache import write
+from inferkit.footprint import meta_model
+from inferkit.kv import LayerKV
+
+Where = tuple[str | int, ...]
+"""The way to a value among a call's arguments: ("args", 0) or ("kwargs", "attention_mask")."""
+
+MANY = 16
+"""Rows of the example that stands for any number of them."""
+# What differs between two sizes of (rows, read positions) depends on them; all else is fixed.
+_SIZES = ((3, 192), (5, 320))
+_SLOTS, _CAPACITY = 24, 1024  # of the example's KV cache
+
+
+class UntraceableError(Exception):
+    """Why a layer cannot be compiled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """How a layer is called, and what its compiled code takes.
+
+    Attributes:
+        tensors: The way to each tensor among the arguments.
+        cache: The way to the KV cache.
+        weights: Names of the layer's parameters and buffers.
+        wrapped: Whether the layer returns a tuple around its only tensor.
+    """
+
+    tensors: tuple[Where, ...]
+    cache: Where
+    weights: tuple[str, ...]
+    wrapped: bool
+
+
+class PackedTwin(nn.Module):
+    """What a `PackedLinear` computes, as a function of a weight that is a plain parameter."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `PackedLinear.forward`."""
+        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, "none", [], ""
+        )
+        return made
+
+
+class _LayerCache:
+    """The KV cache as one layer sees it; see `SlotCache`."""
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        where: torch.Tensor,
+        entries: torch.Tensor,
+    ) -> None:
+        self.keys, self.values, self.rows, self.where = keys, values, rows, where
+        self.entries = entries
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: object, **kw: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, read = keys.shape[0], self.entries.shape[0]
+        found = []
+        for store, new in ((self.keys, keys), (self.values, values)):
+            torch._check(rows <= store.shape[0])
+            torch._check(read <= store.shape[2])
+            write(store, new, self.rows, self.where)
+            found.append(store[:rows, :, :read])
+        return found[0], found[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+class _ModelCache:
+    """The KV cache as the whole model sees it, of a layer each."""
+
+    is_compileable = False
+
+    def __init__(self, layers: Sequence[_LayerCache]) -> None:
+        self.layers_ = layers
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: object, **kw: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.layers_[layer_idx].update(keys, values, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+@dataclass(slots=True)
+class _Call:
+    """The arguments that a layer was called with, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any = None
+
+    def leaves(self) -> Iterator[tuple[Where, Any]]:
+        yield from _leaves(self.args, ("args",))
+        yield from _leaves(self.kwargs, ("kwargs",))
+
+    def with_(self, new: Mapping[Where, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return _rebuilt(self.args, ("args",), new), _rebuilt(self.kwargs, ("kwargs",), new)
+
+
+def _leaves(value: Any, where: Where) -> Iterator[tuple[Where, Any]]:
+    if isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _leaves(item, (*where, i))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, (*where, key))
+    else:
+        yield where, value
+
+
+def _rebuilt(value: Any, where: Where, new: Mapping[Where, Any]) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rebuilt(item, (*where, i), new) for i, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: _rebuilt(item, (*where, key), new) for key, item in value.items()}
+    return new.get(where, value)
+
+
+# -- the model without weights -------------------------------------------------------------------
+
+
+def twin(job: Mapping[str, Any]) -> Any:
+    """The model of a job on the meta device, its tensors of the same shapes and dtypes."""
+    from transformers import AutoConfig
+
+    model = meta_model(AutoConfig.for_model(**job["config"]), job["dtype"])
+    if type(model).__name__ != job["class"]:
+        raise UntraceableError(f"its config makes a {type(model).__name__}, not a {job['class']}")
+    for name in job["packed"]:
+        model.set_submodule(name, PackedTwin(model.get_submodule(name)))
+    for name, (dtype, shape) in job["tensors"].items():
+        owner, _, last = name.rpartition(".")
+        empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+        holder = model.get_submodule(owner)
+        if last in holder._parameters:
+            holder._parameters[last] = nn.Parameter(empty, requires_grad=False)
+        else:
+            holder._buffers[last] = empty
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def decoder_layers(model: nn.Module, count: int) -> list[tuple[str, nn.Module]]:
+    """The layers that have a KV cache each, by name: the first list of so many modules."""
+    for name, child in model.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return [(f"{name}.{i}", layer) for i, layer in enumerate(child)]
+    raise UntraceableError("it has no list of decoder layers")
+
+
+def _calls(
+    model: Any, layers: Sequence[nn.Module], geometry: Sequence[LayerKV], rows: int, read: int
+) -> list[_Call]:
+    """How a decode step of so many rows calls each layer, on the meta device."""
+    found: dict[int, _Call] = {}
+
+    def before(index: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: found.update({index: _Call(args, kwargs)})
+
+    def after(index: int) -> Callable[..., None]:
+        return lambda _, args, kwargs, out: setattr(found[index], "out", out)
+
+    hooks = []
+    for i, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(before(i), with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after(i), with_kwargs=True))
+    dtype = next(p.dtype for p in model.parameters() if p.dim() == 1)
+    kinds = {g.kind for g in geometry}
+    with torch.device("meta"):
+        masks = {f"{k}_attention": torch.zeros(rows, 1, 1, read, dtype=dtype) for k in kinds}
+        caches = [_LayerCache(*_operands(g, dtype, rows, read)) for g in geometry]
+        model(
+            input_ids=torch.zeros(rows, 1, dtype=torch.long),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=torch.zeros(rows, 1, dtype=torch.long),
+            past_key_values=_ModelCache(caches),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    for hook in hooks:
+        hook.remove()
+    if len(found) < len(layers):
+        raise UntraceableError("some of its layers are not run in a decode step")
+    return [found[i] for i in range(len(layers))]
+
+
+def _operands(g: LayerKV, dtype: torch.dtype, rows: int, read: int) -> list[torch.Tensor]:
+    """Empty ones, in the order of `SlotCache.operands`."""
+    return [
+        torch.empty(_SLOTS, g.heads, _CAPACITY, g.key_dim, dtype=dtype),
+        torch.empty(_SLOTS, g.heads, _CAPACITY, g.value_dim, dtype=dtype),
+        torch.empty(rows, dtype=torch.long),
+        torch.empty(rows, 1, dtype=torch.long),
+        torch.empty(read, dtype=torch.long),
+    ]
+
+
+# -- one layer -----------------------------------------------------------------------------------
+
+
+class _Layer(nn.Module):
+    """A layer as a pure function of all that it reads."""
+
+    def __init__(self, layer: nn.Module, call: _Call, signature: Signature) -> None:
+        super().__init__()
+        self._parts = (layer, call, signature)  # in a tuple: their weights are not this module's
+
+    def forward(
+        self,
+        tensors: list[torch.Tensor],
+        operands: list[torch.Tensor],
+        weights: list[torch.Tensor],
+    ) -> torch.Tensor:
+        layer, call, signature = self._parts
+        new: dict[Where, Any] = dict(zip(signature.tensors, tensors, strict=True))
+        new[signature.cache] = _LayerCache(*operands)
+        args, kwargs = call.with_(new)
+        named = dict(zip(signature.weights, weights, strict=True))
+        out = functional_call(layer, named, args, kwargs)
+        made: torch.Tensor = out[0] if signature.wrapped else out
+        return made
+
+
+def _signature(layer: nn.Module, small: _Call, large: _Call) -> Signature:
+    tensors: list[Where] = []
+    cache: list[Where] = []
+    for (where, one), (_, other) in zip(small.leaves(), large.leaves(), strict=True):
+        if isinstance(one, torch.Tensor):
+            tensors.append(where)
+        elif isinstance(one, _ModelCache):
+            cache.append(where)
+        elif one != other:
+            raise UntraceableError(f"a layer takes a value that changes ({where[-1]}={one!r})")
+    if len(cache) != 1:
+        raise UntraceableError("its layers do not take the KV cache as an argument")
+    wrapped = not isinstance(small.out, torch.Tensor)
+    outs = [x for _, x in _leaves(small.out, ()) if x is not None]
+    if len(outs) != 1 or (wrapped and small.out[0] is not outs[0]):
+        raise UntraceableError("its layers return more than their hidden state")
+    names = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
+    return Signature(tuple(tensors), cache[0], tuple(names), wrapped)
+
+
+def _export(
+    layer: nn.Module, g: LayerKV, small: _Call, large: _Call, signature: Signature, rows: int
+) -> ExportedProgram:
+    """A layer's graph for ``rows`` rows; more than one stand for any number."""
+    read = _SIZES[0][1]
+    ones, others = dict(small.leaves()), dict(large.leaves())
+    tensors, dims = [], []
+    for where in signature.tensors:
+        shape, free = _example(ones[where].shape, others[where].shape, rows)
+        tensors.append(torch.empty(shape, dtype=ones[where].dtype))
+        dims.append(free)
+    row = {0: Dim.DYNAMIC} if rows > 1 else {}
+    stores = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
+    dtype = _activations(layer)
+    weights = [torch.empty_like(t, device="cpu") for t in (*layer.parameters(), *layer.buffers())]
+    with torch.no_grad():
+        return export(
+            _Layer(layer, small, signature),
+            (tensors, _operands(g, dtype, rows, read), weights),
+            dynamic_shapes=(
+                dims,
+                [stores, stores, row, row, {0: Dim.DYNAMIC}],
+                [{}] * len(weights),
+            ),
+            strict=False,
+        )
+
+
+def _activations(layer: nn.Module) -> torch.dtype:
+    """The dtype of a layer's activations: that of its norms."""
+    return next(p.dtype for p in layer.parameters() if p.dim() == 1)
+
+
+def _example(
+    small: Sequence[int], large: Sequence[int], rows: int
+) -> tuple[list[int], dict[int, Any]]:
+    """The shape of an input for so many rows, and which of its dimensions vary."""
+    shape, free = [], {}
+    for dim, (a, b) in enumerate(zip(small, large, strict=True)):
+        if a == b:
+            shape.append(a)
+        elif (a, b) == (_SIZES[0][0], _SIZES[1][0]):
+            shape.append(rows)
+            if rows > 1:
+                free[dim] = Dim.DYNAMIC
+        elif (a, b) == (_SIZES[0][1], _SIZES[1][1]):
+            shape.append(a)
+            free[dim] = Dim.DYNAMIC
+        else:
+            raise UntraceableError(f"a layer takes a tensor whose size varies oddly ({a}, {b})")
+    return shape, free
+
+
+def _compile(program: ExportedProgram, target: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(target))
+
+
+# -- the job -------------------------------------------------------------------------------------
+
+
+def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
+    """Compile the layers of a job into its folder, with a table of contents.
+
+    Raises:
+        UntraceableError: The layers cannot be compiled.
+        Exception: Whatever torch raises on the way.
+    """
+    torch.set_num_threads(job["threads"])
+    folder = Path(job["folder"])
+    geometry = [LayerKV(**g) for g in job["geometry"]]
+    model = twin(job)
+    named = decoder_layers(model, len(geometry))
+    layers = [layer for _, layer in named]
+    calls = [_calls(model, layers, geometry, *size) for size in _SIZES]
+    graphs: dict[str, int] = {}
+    contents: list[dict[str, Any]] = []
+    chosen: list[int] = []
+    examples: list[tuple[int, Signature]] = []
+    for i, layer in enumerate(layers):
+        signature = _signature(layer, calls[0][i], calls[1][i])
+        program = _export(layer, geometry[i], calls[0][i], calls[1][i], signature, MANY)
+        text = _text(program, signature)
+        if text not in graphs:
+            graphs[text] = len(graphs)
+            contents.append(asdict(signature))
+            examples.append((i, signature))
+        chosen.append(graphs[text])
+    total = 2 * len(examples)
+    for number, (i, signature) in enumerate(examples):
+        for kind, rows in (("one", 1), ("many", MANY)):
+            tell(2 * number + (kind == "many"), total)
+            program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, rows)
+            _compile(program, folder / f"{number}-{kind}.pt2")
+    table = {"layers": [[name, g] for (name, _), g in zip(named, chosen)], "graphs": contents}
+    (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def _text(program: ExportedProgram, signature: Signature) -> str:
+    """All that two layers must share to share their code."""
+    return repr(signature) + program.graph_module.print_readable(print_output=False)
+
+
+def main() -> int:
+    """Do the job that is the first line of the standard input; its end ends this."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is none of ours
+    os.nice(10)  # requests that run meanwhile come first
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
+
+    def say(**what: Any) -> None:
+        print(json.dumps(what), file=out, flush=True)
+
+    try:
+        run(job, lambda done, total: say(done=done, total=total))
+    except Exception as error:  # whatever torch, a compiler or a model's code may raise
+        say(error=str(error).strip().split("\n", 1)[0] or type(error).__name__)
+        raise
+    return 0
+
+
+def _end_with_stdin() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)  # the C++ compiler too
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""The compiled decode step: it says the same, is kept, is swapped in, and may fail without harm."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import inferkit as ik
+from inferkit.engine import compiled, compiling
+from inferkit.engine.runner import Chunk
+
+PROMPTS = [list(range(5, 5 + n)) for n in (1, 7, 30, 3, 90, 12)]
+TOKENS = 24
+PATIENCE = 280  # seconds; a test's time limit is not much more
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder that the tests of this module share: what one compiled, the others find."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INFERKIT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def load(tiny_model: Callable[[str], Path], cache: Path) -> Iterator[Callable[..., ik.Model]]:
+    """Load a small model by its architecture's name; unload it at the end."""
+    loaded = []
+
+    def of(arch: str, **options: Any) -> ik.Model:
+        settings = {"device": "cpu", "dtype": "float32", "context": 192, "max_batch": 3}
+        folder = tiny_model(arch)
+        loaded.append(ik.load(folder, progress=False, **settings | {"name": arch} | options))
+        return loaded[-1]
+
+    yield of
+    for model in loaded:
+        model.unload()
+
+
+def compiled_model(load: Callable[..., ik.Model], arch: str, **options: Any) -> ik.Model:
+    model = load(arch, compile=True, **options)
+    assert model.compilation.wait(PATIENCE), str(model.compilation)
+    return model
+
+
+def say(model: ik.Model, prompts: Sequence[list[int]] = PROMPTS) -> list[list[int]]:
+    gens = model.generate(prompts, max_tokens=TOKENS, ignore_eos=True)
+    return [list(gen.token_ids) for gen in gens]
+
+
+def eager_reason(model: ik.Model, timeout: float = PATIENCE) -> str:
+    assert not model.compilation.wait(timeout)
+    assert model.compilation.status == "eager"
+    assert str(model.compilation) == f"eager: {model.compilation.reason}"
+    return model.compilation.reason
+
+
+# -- the same tokens -----------------------------------------------------------------------------
+
+
+def test_it_says_the_same_in_batches_and_alone(load: Callable[..., ik.Model]) -> None:
+    model = load("gemma3", compile=False)
+    wanted = say(model)
+    assert load("gemma3", compile=True) is model
+    assert model.compilation.wait(PATIENCE), str(model.compilation)
+    assert say(model) == wanted
+    assert [say(model, [prompt])[0] for prompt in PROMPTS] == wanted
+
+
+def test_it_is_the_compiled_code_that_runs(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = compiled_model(load, "gemma3")._parts.engine.runner
+    runner.prefill([Chunk(0, PROMPTS[1], 0)])
+    wanted = runner.decode([9], [7])
+    layer = runner.module.model.layers[0]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the layer's own code ran")
+
+    monkeypatch.setattr(type(layer.mlp), "forward", refuse)
+    assert torch.equal(runner.decode([9], [7]), wanted)
+    runner.use_compiled(None)
+    with pytest.raises(AssertionError, match="own code ran"):
+        runner.decode([9], [7])
+
+
+def test_it_is_swapped_in_while_requests_run(load: Callable[..., ik.Model]) -> None:
+    wanted = say(compiled_model(load, "gemma3"))
+    model = load("gemma3", name="another", compile=False, context=4096)
+    request = model.submit(PROMPTS[2], max_tokens=4000, ignore_eos=True)
+    next(iter(request))
+    load("gemma3", name="another", compile=True, context=4096)
+    assert model.compilation.wait(30), str(model.compilation)
+    assert not request.done
+    swapped = request.generated
+    while request.generated < swapped + TOKENS:
+        time.sleep(0.01)
+    request.cancel()
+    assert list(request.result(30).token_ids[:TOKENS]) == wanted[2]
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+def test_the_demo_model_says_the_same(
+    demo_model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFERKIT_CACHE", str(tmp_path))
+    prompts = ["Once upon a time", "The capital of France is", "1, 2, 3,"]
+    with ik.load(
+        demo_model_path, device="cpu", dtype="float32", context=256, max_batch=4, compile=False
+    ) as model:
+        wanted = [g.token_ids for g in model.generate(prompts, max_tokens=TOKENS)]
+        model.configure(compile="auto")
+        assert model.compilation.reason == "INFERKIT_COMPILE=0"
+        monkeypatch.delenv("INFERKIT_COMPILE")
+        model.configure(compile=False).configure(compile="auto")
+        assert model.compilation.wait(PATIENCE), str(model.compilation)
+        assert [g.token_ids for g in model.generate(prompts, max_tokens=TOKENS)] == wanted
+
+
+# -- the code is kept ----------------------------------------------------------------------------
+
+
+def test_a_later_load_finds_the_code_whatever_its_batch_and_context(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = say(compiled_model(load, "gemma3"))
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is compiled any more
+    model = compiled_model(load, "gemma3", name="other", context=1000, max_batch=7)
+    assert say(model) == wanted
+    model.configure(max_batch=2, context=300)
+    assert model.compilation.status == "compiled"
+    assert say(model) == wanted
+
+
+def test_it_is_switched_off_and_on(load: Callable[..., ik.Model]) -> None:
+    model = compiled_model(load, "gemma3")
+    wanted = say(model)
+    model.configure(compile=False)
+    assert eager_reason(model) == "compile=False"
+    assert not model._parts.engine.runner.cache.compiled
+    assert say(model) == wanted
+    model.configure(compile=True)
+    assert model.compilation.status == "compiled"
+    assert say(model) == wanted
+
+
+def test_quantized_layers_run_their_own_code_and_unquantized_ones_the_compiled(
+    load: Callable[..., ik.Model],
+) -> None:
+    model = compiled_model(load, "gemma3")
+    wanted = say(model)
+    model.quantize("nf4", progress=False)
+    assert "quantized layers" in eager_reason(model)
+    model.quantize("none", progress=False)
+    assert model.compilation.wait(PATIENCE)
+    assert say(model) == wanted
+
+
+def test_damaged_code_is_made_again_by_the_next_load(
+    load: Callable[..., ik.Model], cache: Path, tmp_path: Path
+) -> None:
+    compiled_model(load, "gemma3").unload()
+    (folder,) = (f for f in (cache / "compiled").iterdir() if not f.name.startswith("."))
+    shutil.copytree(folder, tmp_path / "kept")
+    (folder / "0-one.pt2").write_bytes(b"damaged")
+    model = load("gemma3", compile=True)
+    assert eager_reason(model)
+    assert len(say(model)) == len(PROMPTS)
+    assert not folder.exists()
+    shutil.copytree(tmp_path / "kept", folder)  # for the other tests
+
+
+# -- what may go wrong ---------------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_step_stays_as_it_is(
+    load: Callable[..., ik.Model], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = load("qwen3", compile=True)
+    assert "no C++ compiler" in eager_reason(model)
+    assert len(say(model)) == len(PROMPTS)
+
+
+def test_a_compiler_that_fails_leaves_a_reason_and_no_files(
+    load: Callable[..., ik.Model], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {*(cache / "compiled").glob("*")}
+    monkeypatch.setenv("CXX", shutil.which("false") or "false")
+    model = load("qwen3", compile=True)
+    assert eager_reason(model)
+    assert len(say(model)) == len(PROMPTS)
+    left = {*(cache / "compiled").glob("*")} - before
+    assert not [f for f in left if not f.name.endswith(".lock")]
+
+
+def test_code_that_says_something_else_is_not_used(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = say(compiled_model(load, "gemma3"))
+    own = compiled._weight
+    monkeypatch.setattr(compiled, "_weight", lambda m, n: own(m, n) * 1.5)
+    model = load("gemma3", name="wrong", compile=True)
+    assert "gives other logits" in eager_reason(model)
+    assert say(model) == wanted
+    assert "forward" not in vars(model._parts.loaded.module.model.layers[0])
+
+
+def test_an_unload_ends_the_work_and_leaves_nothing(
+    load: Callable[..., ik.Model], cache: Path
+) -> None:
+    model = load("qwen3", compile=True)
+    compilation, mine = model.compilation, psutil.Process()
+    deadline = time.monotonic() + 60
+    while not mine.children(recursive=True) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (worker,) = (p for p in mine.children() if "inferkit.engine.tracing" in p.cmdline())
+    model.unload()
+    assert not compilation.wait(30)
+    assert compilation.reason == "it was stopped"
+    worker.wait(30)
+    assert not [f for f in (cache / "compiled").iterdir() if ".tmp-" in f.name]
+
+
+def test_requests_one_at_a_time_are_not_compiled(load: Callable[..., ik.Model]) -> None:
+    assert eager_reason(load("mamba", compile=True)) == "requests run one at a time"
+
+
+def test_auto_leaves_small_models_and_obeys_the_environment(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert eager_reason(load("gemma3", compile="auto")) == "INFERKIT_COMPILE=0"
+    monkeypatch.delenv("INFERKIT_COMPILE")
+    assert "gains little" in eager_reason(load("gemma3", name="small", compile="auto"))
+    monkeypatch.setattr(compiling, "SMALL", 0)
+    monkeypatch.setattr(compiling, "ROOM", 1 << 60)
+    assert "are free" in eager_reason(load("qwen3", compile="auto"))
+
+
+@pytest.mark.parametrize("value", ["yes", 2, None])
+def test_another_word_is_refused(tiny_model: Callable[[str], Path], value: Any) -> None:
+    with pytest.raises(ik.OptionError, match="compile="):
+        ik.load(tiny_model("llama"), compile=value)
+
+
+# -- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["gemma3", "llama", "qwen3", "mixtral"])
+def test_graphs_say_the_same(load: Callable[..., ik.Model], arch: str) -> None:
+    model = load(arch, device="cuda", compile=False, context=1000, max_batch=6)
+    wanted = say(model)
+    model.configure(compile=True)
+    assert str(model.compilation) == "compiled"
+    graphs = model._parts.engine.runner.graphs
+    assert say(model) == wanted
+    assert [say(model, [prompt])[0] for prompt in PROMPTS] == wanted
+    assert graphs is not None
+    assert graphs.reason is None
+    model.configure(max_batch=3, context=500)
+    assert say(model) == wanted
+
+
+@pytest.mark.gpu
+def test_graphs_give_their_memory_back(load: Callable[..., ik.Model]) -> None:
+    taken = []
+    for _ in range(3):
+        model = load("llama", device="cuda", compile=True, max_batch=8)
+        say(model)
+        model.unload()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[1] == taken[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_a_quantized_step_is_captured_or_says_why_not(
+    load: Callable[..., ik.Model], mode: str
+) -> None:
+    model = load("llama", device="cuda", dtype="bfloat16", quantize=mode, compile=False)
+    wanted = say(model, PROMPTS[:1])
+    model.configure(compile=True)
+    print(mode, model.compilation)
+    assert model.compilation.status == "compiled" or model.compilation.reason
+    assert say(model, PROMPTS[:1]) == wanted
