@@ -24,7 +24,7 @@ T = TypeVar("T")
 PLAN = re.compile(r"^Plan: demo needs ([\d.]+) GiB on cpu and [\d.]+ GiB are free")
 LOADED = re.compile(r"^\S+ is loaded: ")
 
-SECONDS = 60  # for anything to happen, on a machine that does something else as well
+SECONDS = 120  # for anything to happen, on a machine that does something else as well
 WIDTH, HEIGHT = 1200, 6000  # all cells in sight: JupyterLab does not render what is far away
 ONCE = "Once upon a time"
 LONG = {"Max tokens": "1500", "Ignore end token": True}
@@ -328,8 +328,8 @@ def test_a_plan_is_shown_before_the_model_is_loaded_by_a_click(empty: PanelView)
     wait_for(lambda: needed() == whole or None)
 
     empty.button("Load").click()
-    expect(empty.about).to_contain_text(
-        "is loaded: cpu · bfloat16 · precision none · continuous batching"
+    expect(empty.about).to_contain_text(  # the dtype depends on the processor
+        re.compile(r"is loaded: cpu · (bfloat16|float32) · precision none · continuous batching")
     )
     expect(plan).to_be_hidden()
     expect(empty.root.locator(".ik-devices")).to_contain_text("this model")

@@ -6,6 +6,7 @@ of positions read (the same), captured when it is first needed: some tens of mil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -80,7 +81,7 @@ class CudaGraphs:
 
     def _capture(self, given: torch.Tensor, longest: int) -> _Graph:
         inputs = given.to(self._device)
-        side = torch.cuda.Stream(self._device)
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             # Libraries that allocate, or choose a kernel by trying, do so now. The passes write the
@@ -90,9 +91,17 @@ class CudaGraphs:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": what other threads do on the device meanwhile is not our concern.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+        ):
             logits = self._run(inputs[0], inputs[1], longest)
         return _Graph(graph, inputs, logits)
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The stream of all captures on a device: cuBLAS keeps 32 MiB for each that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 def _power(number: int) -> int:

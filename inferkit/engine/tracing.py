@@ -345,7 +345,23 @@ def _example(
 def _compile(program: ExportedProgram, target: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
+    _take_packed_weights_as_inputs()
     aoti_compile_and_package(program, package_path=str(target))
+
+
+def _take_packed_weights_as_inputs() -> None:
+    """Have inductor compile a product with a packed weight that is no constant of the graph.
+
+    Its own rule takes constants alone, which it may try kernels on, and would put into the code.
+    """
+    import torch._inductor.mkldnn_lowerings  # its rules, one of which is replaced
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    @register_lowering(torch.ops.mkldnn._linear_pointwise.default, type_promotion_kind=None)
+    def lower(*args: Any) -> Any:
+        return TensorBox.create(LinearUnary.create(*args))
 
 
 # -- the job -------------------------------------------------------------------------------------
