@@ -61,6 +61,7 @@ def measure(
         first, second = (_load_s(path, shape) for _ in range(2))
         model = ik.load(path, compile=True, **shape)
         model.compilation.wait()
+        status = str(model.compilation)
     generate = _generate(path, device, dtype)
     found: list[dict[str, Any]] = []
     for number in range(rounds + 1):
@@ -75,7 +76,6 @@ def measure(
                 step = ways[way]()
                 if number:
                     found.append({"round": number, "way": way, "batch": batch, "step": step})
-    status = str(model.compilation)
     weights = _weights_read(model)
     model.unload()
     return {

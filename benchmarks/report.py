@@ -23,6 +23,7 @@ def markdown(results: dict[str, Any]) -> str:
         "memory": _memory,
         "plan": _plan,
         "modes": _modes,
+        "compiled": _compiled,
         "panel": _panel,
         "imports": _imports,
     }
@@ -306,6 +307,21 @@ def _modes(results: dict[str, Any]) -> Iterator[str]:
         for r in found["memory"]
     ]
     yield from _table(heads, rows)
+
+
+def _compiled(results: dict[str, Any]) -> Iterator[str]:
+    found = results["compiled"]
+    kind = f"{found['device']}, {found['dtype']}, context {found['context']}"
+    yield f"### The compiled decode step: {kind}; {found['status']} ({found['rounds']} rounds)\n"
+    rows = [
+        (r["batch"], r["way"], _spread(r["step_ms"], 2), _spread(r["ratio"], 2))
+        for r in sorted(found["steps"], key=lambda r: r["batch"])
+    ]
+    yield from _table(("batch", "way", "ms", "against own code"), rows)
+    yield (
+        f"\nThe limit, every weight read once: {found['limit_ms']:.2f} ms. From `ik.load` to the "
+        f"compiled step: {found['compile_s']:.1f} s, and {found['kept_s']:.1f} s with the code kept."
+    )
 
 
 def _pair(row: dict[str, Any]) -> str:

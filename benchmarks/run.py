@@ -27,7 +27,7 @@ import report
 import speed
 from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
 
-PARTS = ("speed", "overhead", "memory", "plan", "modes", "panel", "imports")
+PARTS = ("speed", "overhead", "memory", "plan", "modes", "compiled", "panel", "imports")
 
 
 def main() -> None:
@@ -61,6 +61,15 @@ def main() -> None:
             batches=asked.batches,
             tokens=asked.tokens,
             rounds=asked.rounds,
+        ),
+        "compiled": lambda: in_fresh_process(
+            "compiled.py",
+            path=str(model),
+            threads=asked.threads,
+            batches=asked.batches,
+            tokens=asked.tokens,
+            rounds=asked.rounds,
+            device=asked.device,
         ),
         "panel": lambda: in_fresh_process(
             "panel.py",
@@ -227,6 +236,7 @@ def _arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=64, help="tokens per sequence")
     add("--batches", type=int, nargs="+", default=[1, 8, 16])
     add("--prompts", type=int, nargs="*", default=[10, 100, 500, 1000], help="lengths for the TTFT")
+    add("--device", default="cpu", help="for the compiled part: cpu, or cuda:0")
     add("--requests", type=int, default=500, help="for the memory part")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of every engine")
     add("--pause", type=float, default=0.3, help="seconds between two engines' calls")

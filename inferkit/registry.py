@@ -39,7 +39,7 @@ _forked_from: int | None = None
 class ModelTable(list[Model]):
     """The loaded models, shown as a table."""
 
-    _HEADER = ("name", "device", "dtype", "quantization", "batching", "weights", "running")
+    _HEADER = ("name", "device", "dtype", "quantization", "batching", "step", "weights", "running")
 
     def _rows(self) -> Iterator[tuple[object, ...]]:
         for m in self:
@@ -52,6 +52,7 @@ class ModelTable(list[Model]):
                     m.dtype,
                     m.quantization,
                     f"{engine.batching} ({engine.max_batch})",
+                    str(resident.compilation),
                     format_bytes(m.plan.weights),
                     engine.running,
                 )

@@ -95,7 +95,8 @@ def test_memory_comes_back_while_everything_refers_to_the_model(
         before = after if before is None else before  # the first round leaves tables of libraries
         assert after <= before + 2**16
         if device == "cuda":
-            assert torch.cuda.memory_reserved() <= 2**26 + 2**24  # cuBLAS has its own, per stream
+            # 32 MiB of cuBLAS for each stream that a thread ever computed on, and no more.
+            assert torch.cuda.memory_reserved() <= 5 * 2**25
 
 
 @on_each_device

@@ -648,6 +648,7 @@ def test_a_first_model_is_no_change(feed: Feed, model: ik.Model) -> None:
         "batching": "continuous",
         "max_batch": 4,
         "context": 256,
+        "step": "eager step",
     }
 
 

@@ -116,6 +116,10 @@ class Compilation:
     def __repr__(self) -> str:
         return f"<{self}>"
 
+    def __bool__(self) -> bool:
+        """Whether the compiled step runs."""
+        return self.status == "compiled"
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is compiled, or will not be; whether it is. Can be interrupted.
 

@@ -25,6 +25,7 @@ def model_facts(model: Model | None) -> dict[str, Any] | None:
         "batching": model.batching,
         "max_batch": model.max_batch,
         "context": model.context,
+        "step": str(model.compilation),
         "fallback": model.fallback,
     }
 

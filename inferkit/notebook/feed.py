@@ -211,6 +211,8 @@ class Feed:
                 "batching": model.batching,
                 "max_batch": model.max_batch,
                 "context": model.context,
+                # While it is being compiled, what runs is the same as before.
+                "step": f"{'compiled' if model.compilation else 'eager'} step",
             }
         except InferkitError:
             return {}

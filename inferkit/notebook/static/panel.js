@@ -161,8 +161,10 @@ function createPanel(store, root) {
       ? [h("b", {}, model.name), ` is loaded: ${[
         model.device, model.dtype, `precision ${model.quantization}`,
         `${model.batching} batching, at most ${model.max_batch}`, `context ${model.context}`,
+        `step ${model.step.split(":")[0]}`,
       ].join(" · ")} `]
       : ["No model is loaded: choose one and press Load."]));
+    facts.title = model ? `Decode step: ${model.step}` : "";
     fallback.hidden = !model?.fallback;
     fallback.textContent = model?.fallback ? `Runs one at a time: ${model.fallback}` : "";
     which.value = model?.name ?? "";
