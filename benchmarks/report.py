@@ -320,7 +320,7 @@ def _compiled(results: dict[str, Any]) -> Iterator[str]:
     yield from _table(("batch", "way", "ms", "against own code"), rows)
     yield (
         f"\nThe limit, every weight read once: {found['limit_ms']:.2f} ms. From `ik.load` to the "
-        f"compiled step: {found['compile_s']:.1f} s, and {found['kept_s']:.1f} s with the code kept."
+        f"compiled step: {found['compile_s']:.1f} s; {found['kept_s']:.1f} s with the code kept."
     )
 
 
