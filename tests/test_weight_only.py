@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -284,21 +283,22 @@ def test_fidelity_is_measured_as_of_any_mode(tiny_model: Callable[[str], Path]) 
 
 
 @pytest.mark.demo
-def test_the_demo_model_answers_as_before_and_loses_more_in_four_bits(
-    demo_model_path: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(demo_model_path, tmp_path / "demo", copy_function=shutil.os.link)
-    options: dict[str, Any] = {"dtype": "float32", "context": 512, "max_batch": 1}
-    with ik.load(folder, name="weight-only", progress=False, **options) as model:
-        text = "Alice was beginning to get very tired of sitting by her sister on the bank, and of "
-        text += "having nothing to do: once or twice she had peeped into the book her sister was "
-        text += "reading, but it had no pictures or conversations in it."
-        found, bytes_in_use = {}, {}
+def test_the_demo_model_counts_on_and_loses_more_in_four_bits(demo_model_path: Path) -> None:
+    text = "Alice was beginning to get very tired of sitting by her sister on the bank, and of"
+    text += " having nothing to do."
+    options: dict[str, Any] = {"dtype": "float32", **OPTIONS}
+    with ik.load(demo_model_path, name="weight-only", **options) as model:
+        kl = {}
         for mode in MODES:
             model.quantize(mode, progress=False)
-            answer = model.generate("The capital of France is", max_tokens=8)
-            assert "Paris" in answer.text
-            found[mode] = ik.fidelity(model, ["Once upon a time"], text=text, max_tokens=8)
-            bytes_in_use[mode] = held_bytes(model) / model.plan.weights
             assert model.unquantized == ("model.embed_tokens",)
-    assert all(share == pytest.approx(1, abs=0.01) for share in bytes_in_use.values())
+            assert held_bytes(model) == pytest.approx(model.plan.weights, rel=0.01)
+            counted = model.generate("one, two, three, four,", max_tokens=7)
+            assert counted.text == " five, six, seven, eight"
+            said = ik.fidelity(model, ["Once upon a time"], text=text, max_tokens=4, progress=False)
+            kl[mode] = said.kl.value
+    # Over the text that the project ships it is 0.0055 and 0.25 nats per token: eight bits with a
+    # scale per row are 0.9 % of a weight off, four with one per 32 weights some 8 %, and KL goes
+    # with the square. The bounds leave a factor of four for a text this short.
+    assert 0 < kl["int8wo"] < 0.022
+    assert 5 * kl["int8wo"] < kl["int4wo"] < 1
