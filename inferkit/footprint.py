@@ -110,8 +110,8 @@ def asked_format(
     given = [n for n, v in (("double_quant", double_quant), ("compute_dtype", dtype)) if v]
     if given and quantize not in _FOUR_BIT:
         raise OptionError(
-            f"{given[0]} is a detail of the 4-bit modes, and quantize={quantize!r} has none: leave "
-            f"it out, or choose one of {listed(_FOUR_BIT)}."
+            f"{given[0]} is a detail of the 4-bit modes of bitsandbytes, and "
+            f"quantize={quantize!r} has none: leave it out, or choose one of {listed(_FOUR_BIT)}."
         )
     return WeightFormat(quantize, double_quant, dtype)
 

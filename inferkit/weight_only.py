@@ -7,7 +7,8 @@ the layers stays in the model's dtype. The kernels are torch's ``_weight_int8pac
 The kernels compute in bf16. There is an fp32 variant of each, but it is a scalar loop, ten times
 slower than a plain fp32 product; so the input of a layer is rounded to bf16, sums are taken in
 fp32, and the output is rounded to bf16, whatever the model's dtype and however many rows there
-are.
+are. That costs little beside the rounding of the weights: of Gemma 3 270M in fp32 it moves the KL
+divergence of int8wo from 0.0047 to 0.0052 nats per token, and that of int4wo by less than 0.001.
 """
 
 from __future__ import annotations
