@@ -36,7 +36,7 @@ MODEL_OPTIONS: Options = {
         "help": "the most to take of each device: cuda:0=6GiB,cpu=300MB",
     },
     "dtype": {"help": "auto, bfloat16, float16 or float32"},
-    "quantize": {"metavar": "MODE", "help": "none, int8, nf4 or fp4"},
+    "quantize": {"metavar": "MODE", "help": "none, int8, nf4, fp4, int8wo or int4wo"},
     "double_quant": {
         "action": "store_true",
         "help": "quantize the scales of a 4-bit mode again",

@@ -59,7 +59,7 @@ class Transients:
         residual, norms   t * hidden * (6 * itemsize + 2 * 4)          two copies in fp32
         projections, MLP  t * width * 4 * itemsize                     gate, up, their product, out
         attention         t * positions * (heads * (itemsize + written) + 1 + itemsize)
-        dequantized       the largest quantized weight, or its unpacked form (see below)
+        dequantized       the largest quantized weight, or its unpacked form or a tile of it
 
         keys and values   one layer's share of the KV cache            when rows are gathered
 
@@ -92,8 +92,6 @@ class Transients:
         unpacked = [r * c for r, c in quantized_linears(model, form).values()]
         if form.stored and not unpacked:  # by another method, which may unpack any layer
             unpacked = [w.numel() for w in linears]
-        # 4-bit weights are unpacked to int32 and repacked once for CPUs with AVX-512.
-        per_weight = 8 if form.mode in ("nf4", "fp4") else max(itemsize, 4)
         vocab = getattr(text, "vocab_size", 0) if output is None else max(output.weight.shape)
         return cls(
             hidden=int(getattr(text, "hidden_size", 0) or width),
@@ -101,7 +99,7 @@ class Transients:
             heads=_most_heads(text),
             written=_written_out(model, text, itemsize),
             vocab=int(vocab),
-            dequantized=max(unpacked, default=0) * per_weight,
+            dequantized=_unpacked_bytes(form, max(unpacked, default=0), itemsize),
         )
 
     def layer_bytes(self, tokens: int, positions: int, itemsize: int) -> int:
@@ -256,6 +254,16 @@ def _is_projection(module: Any) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _unpacked_bytes(form: WeightFormat, weights: int, itemsize: int) -> int:
+    """Bytes that a layer of so many quantized weights takes to run, beside input and output."""
+    if form.weight_only:
+        from inferkit.weight_only import scratch_bytes
+
+        return scratch_bytes(weights)
+    # 4-bit weights are unpacked to int32 and repacked once for CPUs with AVX-512.
+    return weights * (8 if form.mode in ("nf4", "fp4") else max(itemsize, 4))
 
 
 def _most_heads(text_config: Any) -> int:

@@ -7,11 +7,11 @@ and nothing is allocated or downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from inferkit.devices import dtype_name
+from inferkit.devices import dtype_name, runners
 from inferkit.errors import OptionError, UnsupportedModelError
 from inferkit.exclusive import alone
 from inferkit.html import listed
@@ -20,8 +20,10 @@ __all__ = [
     "QUANTIZE_MODES",
     "WeightFormat",
     "asked_format",
+    "check_mode_runs",
     "kept_in_fp32",
     "meta_model",
+    "modes_on",
     "packed_growth",
     "quantization_config",
     "quantized_linears",
@@ -31,9 +33,10 @@ __all__ = [
     "weight_format",
 ]
 
-QUANTIZE_MODES = ("none", "int8", "nf4", "fp4")
+QUANTIZE_MODES = ("none", "int8", "nf4", "fp4", "int8wo", "int4wo")
 _BITSANDBYTES = ("int8", "nf4", "fp4")
 _FOUR_BIT = ("nf4", "fp4")
+_WEIGHT_ONLY = ("int8wo", "int4wo")
 _BLOCK = 64  # weights that share one scale in bitsandbytes' 4-bit formats
 _NESTED_BLOCK = 256  # scales that share one scale of their own under double quantization
 _CODE_BYTES = 16 * 4  # each 4-bit layer holds its own table of the 16 values, in fp32
@@ -64,12 +67,21 @@ class WeightFormat:
         details += [f"compute_dtype={self.compute_dtype}"] if self.compute_dtype else []
         return ", ".join([self.mode, *details])
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether torch's own kernels run it, on a CPU: see :mod:`inferkit.weight_only`."""
+        return self.mode in _WEIGHT_ONLY
+
     def covers(self, asked: WeightFormat) -> bool:
         """Whether this, which is stored, is what is asked for."""
         return asked in (self, WeightFormat(self.mode), WeightFormat(self.mode, self.double_quant))
 
     def linear_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that bitsandbytes keeps for one quantized ``[rows, columns]`` weight."""
+        """Bytes that are kept for one quantized ``[rows, columns]`` weight, its scales included."""
+        if self.weight_only:
+            from inferkit.weight_only import packed_bytes
+
+            return packed_bytes(self.mode, rows, columns)
         count = rows * columns
         if self.mode == "int8":
             return count + 4 * rows  # one fp32 scale per output row
@@ -98,10 +110,31 @@ def asked_format(
     given = [n for n, v in (("double_quant", double_quant), ("compute_dtype", dtype)) if v]
     if given and quantize not in _FOUR_BIT:
         raise OptionError(
-            f"{given[0]} is a detail of the 4-bit modes, and quantize={quantize!r} has none: leave "
-            f"it out, or choose one of {listed(_FOUR_BIT)}."
+            f"{given[0]} is a detail of the 4-bit modes of bitsandbytes, and "
+            f"quantize={quantize!r} has none: leave it out, or choose one of {listed(_FOUR_BIT)}."
         )
     return WeightFormat(quantize, double_quant, dtype)
+
+
+def modes_on(devices: Sequence[str]) -> tuple[str, ...]:
+    """The quantize modes that run on these devices."""
+    if runners(devices) == ("cpu",):
+        return QUANTIZE_MODES
+    return tuple(mode for mode in QUANTIZE_MODES if mode not in _WEIGHT_ONLY)
+
+
+def check_mode_runs(form: WeightFormat, devices: Sequence[str]) -> None:
+    """Refuse a mode whose kernels these devices do not have.
+
+    Raises:
+        OptionError: It is for CPUs alone, and other devices run layers.
+    """
+    if form.weight_only and form.mode not in modes_on(devices):
+        instead = {"int8wo": "int8", "int4wo": "nf4"}[form.mode]
+        raise OptionError(
+            f"quantize={form.mode!r} has kernels for a CPU alone, and the layers are to run on "
+            f"{', '.join(runners(devices))}: use quantize={instead!r} there, or device='cpu'."
+        )
 
 
 def quantization_config(config: Any) -> Any:
@@ -194,12 +227,15 @@ def meta_model(config: Any, dtype: str, trust_remote_code: bool = False) -> Any:
 
 
 def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, int]]:
-    """The modules that bitsandbytes would replace, with ``(out_features, in_features)``.
+    """The modules that are replaced by quantized ones, with ``(out_features, in_features)``.
 
-    These are plain ``nn.Linear`` and GPT-2's ``Conv1D``, except what transformers leaves alone
-    (output embeddings, tied weights, the last module). Experts that an architecture fuses into
-    one 3-D parameter are no linear layers and stay in the dtype.
+    These are plain ``nn.Linear`` and GPT-2's ``Conv1D``. bitsandbytes' modes leave out what
+    transformers leaves alone (output embeddings, tied weights, the last module), the weight-only
+    modes what their kernels do not take. Experts that an architecture fuses into one 3-D parameter
+    are no linear layers and stay in the dtype.
     """
+    if form.weight_only:
+        return _weight_only_linears(model, form.mode)
     if form.mode not in _BITSANDBYTES:
         return {}
     from torch import nn
@@ -221,14 +257,27 @@ def quantized_linears(model: Any, form: WeightFormat) -> dict[str, tuple[int, in
     return found
 
 
+def _weight_only_linears(model: Any, mode: str) -> dict[str, tuple[int, int]]:
+    from inferkit.weight_only import fits, linear_shape
+
+    in_fp32 = kept_in_fp32(model)
+    shapes = {name: linear_shape(module) for name, module in model.named_modules()}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if shape is not None and fits(mode, *shape) and not in_fp32(f"{name}.weight")
+    }
+
+
 def weight_bytes(model: Any, form: WeightFormat) -> dict[str, int]:
-    """Bytes of each parameter and buffer once loaded; tied weights appear once."""
+    """Bytes of each parameter and buffer once loaded; tied weights appear once, unquantized."""
+    embeddings = model.get_input_embeddings().weight
     quantized = quantized_linears(model, form)
     in_fp32 = kept_in_fp32(model)
     sizes: dict[str, int] = {}
     for name, tensor in tensors(model):
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner in quantized:
+        if leaf == "weight" and owner in quantized and tensor is not embeddings:
             sizes[name] = form.linear_bytes(*quantized[owner])
         elif in_fp32(name):
             sizes[name] = tensor.numel() * 4
@@ -241,15 +290,19 @@ def packed_growth(model: Any, form: WeightFormat) -> dict[str, int]:
     """Bytes that packing adds on a CPU, by module name (see :mod:`inferkit.packing`).
 
     Whole blocks take a little more than a matrix that does not divide by them. A matrix that is
-    the input embeddings' too has a packed copy beside it.
+    the input embeddings' too has a packed copy beside it, or a quantized one.
     """
     from inferkit.packing import packable, packed_bytes, plain_linear
 
-    if not packable("cpu", str(model.dtype).removeprefix("torch.")):
-        return {}
     quantized, in_fp32 = quantized_linears(model, form), kept_in_fp32(model)
     embeddings = model.get_input_embeddings().weight
-    growth = {}
+    growth = {
+        name: form.linear_bytes(*shape)
+        for name, shape in quantized.items()
+        if model.get_submodule(name).weight is embeddings
+    }
+    if not packable("cpu", str(model.dtype).removeprefix("torch.")):
+        return growth
     for name, module in model.named_modules():
         if not plain_linear(module) or name in quantized or in_fp32(f"{name}.weight"):
             continue

@@ -28,7 +28,7 @@ class Settings:
         model: The name it was loaded under.
         device: Its devices, by canonical names.
         dtype: torch's name of the dtype.
-        quantization: "none", "int8", "nf4" or "fp4" with its details; or the method of a checkpoint
+        quantization: The mode ("none", "nf4", ...) with its details; or the method of a checkpoint
             that is stored quantized.
         batching: The policy: "continuous", "static" or "off".
         max_batch: Most requests that could run with it.

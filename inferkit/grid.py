@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit.comparison import Cell, Comparison, Run
 from inferkit.engine.scheduler import check_batching
 from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
-from inferkit.footprint import QUANTIZE_MODES, asked_format
+from inferkit.footprint import asked_format, modes_on
 from inferkit.memory import check_known, check_whole
 from inferkit.model import Model
 from inferkit.progress import Progress, bar
@@ -63,7 +63,8 @@ def compare(
 
     Args:
         model: A loaded model.
-        quantize: Modes; None for all four, or for its own where it is stored quantized.
+        quantize: Modes; None for all that its devices run (of "int8wo" and "int4wo" only a CPU), or
+            for its own where it is stored quantized.
         max_batch: Batch sizes; None for the present one. "off" runs one request at a time whatever
             they are.
         batching: Policies; None for the present one.
@@ -218,7 +219,7 @@ class _Grid:
 
 def _cells(model: Model, quantize: Any, max_batch: Any, batching: Any) -> list[Cell]:
     """The grid, mode by mode, so that a round toggles each mode once."""
-    own = (model.quantization,) if model.plan.format.stored else QUANTIZE_MODES
+    own = (model.quantization,) if model.plan.format.stored else modes_on(model.devices)
     modes = _several("quantize", quantize, own)
     sizes = _several("max_batch", max_batch, (model.max_batch,))
     policies = _several("batching", batching, (model.batching,))

@@ -21,7 +21,7 @@ from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
 from inferkit.placement import offloads, quiet
 from inferkit.progress import Progress, library_bars, stopped
-from inferkit.quantize import loading_config, quantized_tensors, release_quantized
+from inferkit.quantize import loading_config, quantize_weights, quantized_tensors, release_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -175,6 +175,7 @@ def _read_weights(
             from inferkit.offload import offload
 
             offloaded = offload(module, plan.device_map, runners(names), undo.pop_all().close)
+    quantize_weights(module, plan.format, progress=progress)
     pack_linears(module, progress=progress)
     _own_memory(module, plan.format.stored)
     _dense_input(module.get_output_embeddings())

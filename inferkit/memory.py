@@ -18,10 +18,11 @@ from inferkit.devices import (
 )
 from inferkit.errors import DeviceError, OptionError, UnsupportedModelError
 from inferkit.footprint import (
-    QUANTIZE_MODES,
     WeightFormat,
     asked_format,
+    check_mode_runs,
     meta_model,
+    modes_on,
     weight_format,
 )
 from inferkit.html import format_bytes
@@ -74,8 +75,9 @@ def plan(
     Args:
         ref_or_config: A hub id, local folder, ``.gguf`` file or ``"demo"``; or a transformers
             config.
-        quantize: ``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes). A checkpoint that
-            is stored quantized stays as it is under "none"; see the plan's ``note``.
+        quantize: ``"none"``; ``"int8"``, ``"nf4"`` or ``"fp4"`` (bitsandbytes); on a CPU also
+            ``"int8wo"`` or ``"int4wo"`` (weight-only, torch's kernels). A checkpoint that is stored
+            quantized stays as it is under "none"; see the plan's ``note``.
         context: Tokens per row, prompt and completion; None is 4096 or the model's maximum if
             that is less.
         max_batch: Rows that run at once.
@@ -95,8 +97,8 @@ def plan(
         unknown: None; a misspelt option is an OptionError that names the nearest one.
 
     Raises:
-        OptionError: An option is unknown or out of range, or the checkpoint is stored quantized in
-            another format.
+        OptionError: An option is unknown or out of range, the checkpoint is stored quantized in
+            another format, or the devices have no kernels for the mode.
         DeviceError: A device is not attached, or does not answer.
         ModelNotFoundError: The reference leads to no model.
         DamagedFileError: The config or the header of the GGUF file is broken.
@@ -155,6 +157,7 @@ def plan_config(
     """
     kept = weight_format(config, form)
     check_offload(config, devices)
+    check_mode_runs(kept, devices)
     context = checked_context(config, context)
     check_whole("max_batch", max_batch)
     check_whole("prefill_chunk", prefill_chunk)
@@ -180,7 +183,7 @@ def plan_config(
             return False
         return wider.fits(context, max_batch)
 
-    demands = {m: demand(m) for m in ((kept.mode,) if kept.stored else QUANTIZE_MODES)}
+    demands = {m: demand(m) for m in ((kept.mode,) if kept.stored else modes_on(devices))}
     chosen = demands[kept.mode]
     plans = {mode: needed.at(context, max_batch) for mode, needed in demands.items()}
     totals = {mode: sum(d.needed for d in held) for mode, held in plans.items()}

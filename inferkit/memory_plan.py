@@ -57,7 +57,7 @@ class MemoryPlan:
 
     @property
     def quantize(self) -> str:
-        """``"none"``, ``"int8"``, ``"nf4"`` or ``"fp4"``; or the method of a stored checkpoint."""
+        """The quantize mode, such as ``"nf4"``; or the method of a stored checkpoint."""
         return self.format.mode
 
     @property

@@ -93,7 +93,7 @@ class Model:
 
     @property
     def quantization(self) -> str:
-        """The mode: "none", "int8", "nf4" or "fp4".
+        """The mode: "none", "int8", "nf4", "fp4", "int8wo" or "int4wo".
 
         Of a checkpoint that is stored quantized: the bitsandbytes mode, or transformers' name of
         the method, such as "gptq", "awq" or "compressed-tensors".
@@ -331,7 +331,7 @@ class Model:
         compute_dtype: Any = "auto",
         progress: Progress = True,
     ) -> Model:
-        """Change the precision of the weights in place: "none", "int8", "nf4" or "fp4".
+        """Change the precision of the weights in place: to "nf4", for one, and back to "none".
 
         The weights are read again from their files, in the place of those in memory, so that both
         are never there; "none" gives the first weights bit for bit. Requests that run finish
@@ -339,8 +339,11 @@ class Model:
         back the mode before. What stays unquantized is in `unquantized`.
 
         Args:
-            mode: What bitsandbytes does: 8-bit integers (LLM.int8(), arXiv:2208.07339), 4-bit
-                NormalFloat (QLoRA, arXiv:2305.14314), 4-bit floating point, or nothing.
+            mode: "none"; what bitsandbytes does: "int8", 8-bit integers (LLM.int8(),
+                arXiv:2208.07339), "nf4", 4-bit NormalFloat (QLoRA, arXiv:2305.14314), "fp4", 4-bit
+                floating point; or, on a CPU, what torch's weight-only kernels do, the output
+                embeddings included: "int8wo", symmetric 8-bit integers with a scale per output,
+                "int4wo", asymmetric 4-bit integers with scale and zero per 32 weights.
             double_quant: Quantize the scales of a 4-bit mode again, which saves some 0.4 bits per
                 weight (QLoRA, section 3); not on a CPU with AVX-512 BF16, whose kernels unpack the
                 scales when they are first used.
@@ -350,8 +353,8 @@ class Model:
                 the work as an interrupt does.
 
         Raises:
-            OptionError: An unknown mode, a detail that the mode does not have, or a checkpoint that
-                is stored quantized.
+            OptionError: An unknown mode, one that the devices have no kernels for, a detail that
+                the mode does not have, or a checkpoint that is stored quantized.
             DoesNotFitError: The mode needs more memory than there is; nothing has changed.
             LoadError, DamagedFileError: The files cannot be read; the mode before is back.
             ModelUnloadedError: The model was unloaded, before or while this waited.

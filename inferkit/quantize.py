@@ -1,4 +1,4 @@
-"""Quantization modes: bitsandbytes' int8, nf4 and fp4, applied while a model loads."""
+"""Quantization modes, applied while a model loads: bitsandbytes' and the weight-only ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from inferkit.footprint import WeightFormat
+from inferkit.footprint import WeightFormat, quantized_linears
+from inferkit.progress import Progress, bar
 
 
 def _without(beginning: str) -> Callable[[logging.LogRecord], bool]:
@@ -22,7 +23,7 @@ _NOISE = (
 
 
 def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> Any:
-    """The transformers quantization config of a format, or None for weights as they are stored.
+    """The transformers quantization config of a format, or None: it reads weights as they are.
 
     Args:
         form: The mode and its details.
@@ -31,7 +32,7 @@ def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> An
     """
     for logger, message in _NOISE:
         logging.getLogger(logger).addFilter(message)
-    if form.mode == "none" or form.stored:
+    if form.mode == "none" or form.stored or form.weight_only:
         return None
     import torch
     from transformers import BitsAndBytesConfig
@@ -49,11 +50,39 @@ def loading_config(form: WeightFormat, dtype: str, offloads: bool = False) -> An
     )
 
 
+def quantize_weights(module: Any, form: WeightFormat, *, progress: Progress = False) -> None:
+    """Replace a loaded model's linear layers, where the format is a weight-only one.
+
+    Each original weight goes before the next layer's turn, so that the model is never there twice.
+    Output embeddings that are tied to the input embeddings get a quantized copy beside these.
+    Offloaded layers stay as they are.
+    """
+    if not form.weight_only:
+        return
+    from inferkit.weight_only import quantize_linear
+
+    layers = {name: module.get_submodule(name) for name in quantized_linears(module, form)}
+    here = [(name, child) for name, child in layers.items() if child.weight.device.type == "cpu"]
+    for name, child in bar(progress, "Quantizing weights", steps=here, delay=1, leave=False):
+        module.set_submodule(name, quantize_linear(form.mode, child))
+        child.weight = None
+
+
+def is_quantized(module: Any) -> bool:
+    """Whether some layers of a loaded model keep their weights in another way than plain ones."""
+    from inferkit.weight_only import WeightOnlyLinear
+
+    if getattr(module.config, "quantization_config", None) is not None:
+        return True
+    return any(isinstance(child, WeightOnlyLinear) for child in module.modules())
+
+
 def unquantized(module: Any) -> tuple[str, ...]:
     """Names of the layers with a weight matrix that a quantized model keeps in its dtype.
 
-    These are the embeddings, and what transformers leaves alone: output embeddings, and experts
-    that an architecture fuses into one parameter.
+    These are the embeddings, experts that an architecture fuses into one parameter, and what
+    the mode leaves alone: bitsandbytes the output embeddings, the weight-only modes layers whose
+    shape their kernels do not take.
     """
     from inferkit.packing import PackedLinear
 

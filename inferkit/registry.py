@@ -20,7 +20,7 @@ from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
 from inferkit.exclusive import holding
-from inferkit.footprint import asked_format, weight_format
+from inferkit.footprint import asked_format, check_mode_runs, weight_format
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK
 from inferkit.loading import file_states
@@ -111,9 +111,9 @@ def load(
             the CPU runs all layers, and those on disk are read at every step.
         max_memory: The most to take of a device, by name: {"cuda:0": "6GiB", "cpu": 300_000_000}.
         dtype: "auto" (bf16 where the device is good at it), "bfloat16", "float16" or "float32".
-        quantize: "none", "int8", "nf4" or "fp4" (bitsandbytes). What is stored quantized (by
-            bitsandbytes, GPTQ, AWQ, compressed-tensors, ...) is loaded as it is under "none", and
-            in no other mode.
+        quantize: "none"; "int8", "nf4" or "fp4" (bitsandbytes); on a CPU also "int8wo" or "int4wo"
+            (weight-only, torch's kernels). What is stored quantized (by bitsandbytes, GPTQ, AWQ,
+            compressed-tensors, ...) is loaded as it is under "none", and in no other mode.
         batching: "continuous", "static" or "off".
         max_batch: Most requests that run at once.
         context: Most tokens of prompt and output together; None for 4096, or the model's maximum
@@ -155,6 +155,7 @@ def load(
     config = catalog.config(ref, revision, trust_remote_code=trust_remote_code)
     form = weight_format(config, asked)
     check_offload(config, devices)
+    check_mode_runs(form, devices)
     resolved = resolve_dtype(dtype, list(devices), memory.stored_dtype(config))
     if form.stored:
         resolved = check_stored(config, devices, resolved)

@@ -82,9 +82,9 @@ def test_settings_hold_in_a_cell_and_are_the_old_ones_afterwards(model: ik.Model
     assert said.completed == 3
 
 
-def test_without_lists_it_compares_all_modes_as_the_model_is(model: ik.Model) -> None:
+def test_without_lists_it_compares_all_modes_of_the_device_as_the_model_is(model: ik.Model) -> None:
     made = ik.compare(model, max_tokens=2, repeat=1, fidelity=False, progress=False)
-    assert [c.quantize for c in made.cells] == ["none", "int8", "nf4", "fp4"]
+    assert [c.quantize for c in made.cells] == ["none", "int8", "nf4", "fp4", "int8wo", "int4wo"]
     assert {(c.batching, c.max_batch) for c in made.cells} == {("continuous", 4)}
     assert made.prompts == 8
 

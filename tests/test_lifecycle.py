@@ -229,14 +229,15 @@ def test_other_weights_take_the_place_of_the_old_ones(folder: Path, other: dict[
     new.unload()
 
 
-@pytest.mark.parametrize("mode", ["int8", "nf4", "fp4"])
+@pytest.mark.parametrize("mode", ["int8", "nf4", "fp4", "int8wo", "int4wo"])
 def test_quantized_models_generate_and_unload(folder: Path, mode: str) -> None:
     with ik.load(folder, **OPTIONS, quantize=mode) as model:
         assert model.quantization == mode
         gen = model.generate("Once", **SIX)
         assert (gen.finish_reason, gen.settings.quantization) == ("length", mode)
         module = model._parts.loaded.module
-    assert sum(p.untyped_storage().nbytes() for p in module.parameters()) == 0
+    tensors = [*module.parameters(), *module.buffers()]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == 0
 
 
 def test_int8_in_bfloat16_is_quiet(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -468,7 +468,7 @@ def test_a_prompt_takes_variables_of_the_notebook(terminal: Notebook, model: ik.
         ("%infer load demo --quantize n", ["none", "nf4"]),
         ("%infer load demo --dtype=bf", ["bfloat16"]),
         ("%infer load demo --max-b", ["--max-batch"]),
-        ("%infer quantize i", ["int8"]),
+        ("%infer quantize i", ["int8", "int8wo", "int4wo"]),
         ("%infer quantize nf4 --d", ["--double-quant"]),
         ("%infer batching st", ["static"]),
         ("%infer unload t", ["tiny"]),

@@ -20,7 +20,7 @@ from inferkit import loading, resident
 
 SIX = {"max_tokens": 6, "ignore_eos": True}
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9]]
-MODES = ("none", "int8", "nf4", "fp4")
+MODES = ("none", "int8", "nf4", "fp4", "int8wo", "int4wo")
 
 
 @pytest.fixture
@@ -52,26 +52,33 @@ def kinds(model: ik.Model) -> set[str]:
     return {type(m).__name__ for m in model._parts.loaded.module.modules()}
 
 
+def every_change(modes: tuple[str, ...]) -> list[str]:
+    """A walk from the first mode and back that makes each change from one to another once."""
+    there_and_back = [m for pair in itertools.combinations(modes, 2) for m in pair]
+    return [*there_and_back, modes[0]]
+
+
 def test_every_mode_follows_every_other_and_gives_what_a_load_gives(folder: Path) -> None:
     fresh = {}
     for mode in MODES:
         with ik.load(folder, dtype="float32", context=128, max_batch=4, quantize=mode) as loaded:
             fresh[mode] = logprobs(loaded)
-    assert fresh["none"] != fresh["nf4"] != fresh["fp4"] != fresh["int8"]
+    assert all(one != other for one, other in itertools.combinations(fresh.values(), 2))
+    walk = every_change(MODES)
+    assert set(itertools.pairwise(walk)) == set(itertools.permutations(MODES, 2))
     with ik.load(folder, dtype="float32", context=128, max_batch=4) as model:
-        for one, other in itertools.permutations(MODES, 2):
-            for mode in (one, other):
-                assert model.quantize(mode) is model
-                assert model.quantization == mode == model.plan.quantize
-                assert model.fallback is None
-                assert logprobs(model) == fresh[mode], (one, other)
+        for former, mode in itertools.pairwise(walk):
+            assert model.quantize(mode) is model
+            assert model.quantization == mode == model.plan.quantize
+            assert model.fallback is None
+            assert logprobs(model) == fresh[mode], (former, mode)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_back_to_none_every_weight_and_output_is_the_first_one(folder: Path, dtype: str) -> None:
     with ik.load(folder, dtype=dtype, context=128, max_batch=4) as model:
         before, said = weights(model), logprobs(model)
-        model.quantize("nf4").quantize("none")
+        model.quantize("int8wo").quantize("int4wo").quantize("nf4").quantize("none")
         after = weights(model)
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], before[name]) for name in before)
@@ -132,6 +139,8 @@ def quantized(model: ik.Model) -> list[Any]:
     [
         ("int8", {"double_quant": True}, "double_quant is a detail of the 4-bit modes"),
         ("none", {"compute_dtype": "bf16"}, "compute_dtype is a detail of the 4-bit modes"),
+        ("int8wo", {"compute_dtype": "bf16"}, "compute_dtype is a detail of the 4-bit modes"),
+        ("int4wo", {"double_quant": True}, "double_quant is a detail of the 4-bit modes"),
         ("nf4", {"double_quant": "yes"}, "must be True or False"),
         ("nf4", {"compute_dtype": "int8"}, "compute_dtype='int8' is not supported"),
     ],
@@ -153,6 +162,7 @@ def test_what_stays_unquantized_is_told(model: ik.Model) -> None:
     matrices = {n for n in layers if not n.endswith("norm") and "layernorm" not in n}
     assert set(model.unquantized) == matrices
     assert model.quantize("nf4").unquantized == ("model.embed_tokens", "lm_head")
+    assert model.quantize("int4wo").unquantized == ("model.embed_tokens",)
 
 
 def test_a_load_of_another_mode_toggles_the_model_that_is_loaded(folder: Path) -> None:
@@ -215,9 +225,9 @@ def test_never_are_both_weights_in_memory(model: ik.Model, monkeypatch: pytest.M
     whole = sum(p.nbytes for p in model._parts.loaded.module.parameters())
     others = parameters_in_memory() - whole
     monkeypatch.setattr(resident, "load_files", load_files)
-    for mode in ("nf4", "int8", "none"):
+    for mode in ("nf4", "int8", "int8wo", "none"):
         model.quantize(mode)
-    assert len(seen) == 3
+    assert len(seen) == 4
     assert max(seen) - others < whole / 20
 
 
@@ -350,19 +360,20 @@ def test_what_is_stored_quantized_says_that_it_stays_so(
         assert model.quantization == model.generate("Once", **SIX).settings.quantization == "nf4"
         assert ik.load(tmp_path / "stored", context=128, max_batch=2) is model
         assert model.quantize("nf4") is model
-        for mode in ("int8", "none"):
+        for mode in ("int8", "int4wo", "none"):
             with pytest.raises(ik.OptionError, match="stored quantized"):
                 model.quantize(mode)
         assert model.generate("Once", **SIX).token_ids == said
 
 
+@pytest.mark.parametrize("mode", ["nf4", "int8wo", "int4wo"])
 def test_a_model_that_cannot_run_quantized_is_refused_and_goes_on_as_it_was(
-    tiny_model: Callable[[str], Path],
+    tiny_model: Callable[[str], Path], mode: str
 ) -> None:
     """Mamba's code multiplies by the weights of its layers, whatever their layout."""
     with ik.load(tiny_model("mamba"), dtype="float32", context=64, max_batch=2) as model:
         said = model.generate("Once", **SIX).token_ids
         with pytest.raises(ik.UnsupportedModelError, match=r"quantized layers.*quantize='none'"):
-            model.quantize("nf4")
+            model.quantize(mode)
         assert model.quantization == "none"
         assert model.generate("Once", **SIX).token_ids == said

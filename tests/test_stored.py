@@ -82,7 +82,7 @@ def measured(model: ik.Model) -> int:
 def stays_so(model: ik.Model, kept: str) -> None:
     """Every toggle is refused with the reason, and the model goes on as before."""
     said = tokens(model)
-    for mode in ("none", "int8", "nf4", "fp4"):
+    for mode in ("none", "int8", "nf4", "fp4", "int4wo"):
         if mode != kept:
             with pytest.raises(ik.OptionError, match=f"stored quantized, as '{kept}"):
                 model.quantize(mode)

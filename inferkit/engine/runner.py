@@ -22,6 +22,7 @@ from inferkit.engine.cudagraphs import CudaGraphs
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV
 from inferkit.offload import input_device, running
+from inferkit.quantize import is_quantized
 
 _WIDTHS = 8
 _SCORED = 64  # positions whose logits are there at once; 34 MB at a vocabulary of 262,144 in bf16
@@ -328,11 +329,10 @@ def nearness(runner: SlottedRunner, got: torch.Tensor, wanted: torch.Tensor) -> 
 def _exact(runner: SlottedRunner) -> bool:
     """Whether the same numbers in another order give almost the same sum.
 
-    Not in bf16 or fp16, nor where layers round their input to 8 bits, with a scale that depends on
-    what else is in the batch.
+    Not in bf16 or fp16, nor where layers round their input: to bf16, or to 8 bits with a scale that
+    depends on what else is in the batch.
     """
-    quantized = getattr(runner.module.config, "quantization_config", None) is not None
-    return runner.dtype == torch.float32 and not quantized
+    return runner.dtype == torch.float32 and not is_quantized(runner.module)
 
 
 def require_decoder(config: Any) -> None:

@@ -20,6 +20,7 @@ from inferkit.engine.runner import (
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.errors import UnsupportedModelError
 from inferkit.kv import LayerKV, kv_geometry
+from inferkit.quantize import is_quantized
 
 _TRIAL_CHUNK = 8
 
@@ -64,7 +65,7 @@ def _check_runs(module: Any) -> None:
     """Refuse a model whose code reads the weights of layers that keep theirs in another way."""
     hooks = (getattr(child, "_hf_hook", None) for child in module.modules())
     offloaded = any(getattr(hook, "offload", False) for hook in hooks)
-    if not offloaded and getattr(module.config, "quantization_config", None) is None:
+    if not offloaded and not is_quantized(module):
         return
     try:
         reference_logits(module, [[0, 1, 2]])

@@ -141,7 +141,7 @@ COMMANDS: Mapping[str, Command] = {
     "quantize": Command(
         "Change the precision of a loaded model in place.",
         "%infer quantize nf4",
-        {"quantize": {"metavar": "MODE", "help": "none, int8, nf4 or fp4"}},
+        {"quantize": {"metavar": "MODE", "help": "none, int8, nf4, fp4, int8wo or int4wo"}},
         {**{n: LOAD_OPTIONS[n] for n in ("double_quant", "compute_dtype")}, **_MODEL},
     ),
     "batching": Command(
