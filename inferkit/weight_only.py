@@ -22,7 +22,7 @@ from torch import nn
 from inferkit.packing import plain_linear
 
 __all__ = ["MODES", "WeightOnlyLinear", "fits", "linear_shape", "packed_bytes", "quantize_linear"]
-__all__ += ["scratch_bytes"]
+__all__ += ["empty_linear", "scratch_bytes"]
 
 MODES = ("int8wo", "int4wo")
 GROUP = 32  # weights of a row that share scale and zero in int4: the finest that the kernel takes
@@ -58,6 +58,9 @@ class WeightOnlyLinear(nn.Module):
         bias: [out_features], or None.
     """
 
+    mode: str
+    """What the library's users call it."""
+
     many: int
     """Rows of the input from which on the weight is unpacked."""
 
@@ -75,7 +78,7 @@ class WeightOnlyLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in_features] times the weight's transpose, plus the bias."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        product = self._by_tiles(rows) if self._unpacks(len(rows)) else self._by_kernel(rows)
+        product = self._by_tiles(rows) if self._unpacks(rows.shape[0]) else self._by_kernel(rows)
         product = product.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
@@ -110,6 +113,7 @@ class WeightOnlyLinear(nn.Module):
 class Int8Linear(WeightOnlyLinear):
     """Symmetric int8 [out_features, in_features], with a scale for each row [out_features]."""
 
+    mode = "int8wo"
     many = 32
 
     def _by_kernel(self, rows: torch.Tensor) -> torch.Tensor:
@@ -138,6 +142,7 @@ class Int4Linear(WeightOnlyLinear):
     ``(q - 8) * scale + zero``.
     """
 
+    mode = "int4wo"
     many = 128
 
     def _unpacks(self, rows: int) -> bool:
@@ -173,12 +178,29 @@ class Int4Linear(WeightOnlyLinear):
         return packed, scales
 
 
-_KINDS: dict[str, type[WeightOnlyLinear]] = {"int8wo": Int8Linear, "int4wo": Int4Linear}
+_KINDS: dict[str, type[WeightOnlyLinear]] = {k.mode: k for k in (Int8Linear, Int4Linear)}
 
 
 def quantize_linear(mode: str, child: nn.Module) -> WeightOnlyLinear:
     """A quantized layer that computes what a layer with a `linear_shape` does."""
     return _KINDS[mode](_matrix(child).detach(), child.bias)  # type: ignore[arg-type]
+
+
+def empty_linear(mode: str, child: nn.Module) -> WeightOnlyLinear:
+    """What `quantize_linear` gives, without a weight, to trace a step of few rows with.
+
+    ``packed`` and ``scales`` are empty buffers, to be replaced.
+    """
+    shape = linear_shape(child)
+    assert shape is not None, "no linear layer"
+    made = _KINDS[mode].__new__(_KINDS[mode])
+    nn.Module.__init__(made)
+    made.out_features, made.in_features = shape
+    made.bias = child.bias  # type: ignore[assignment]
+    made.register_buffer("packed", torch.empty(0))
+    made.register_buffer("scales", torch.empty(0))
+    made._unpacks = lambda rows: False  # type: ignore[method-assign]
+    return made
 
 
 def linear_shape(child: nn.Module) -> tuple[int, int] | None:

@@ -175,11 +175,21 @@ def test_quantized_layers_run_their_own_code_and_unquantized_ones_the_compiled(
     assert say(model) == wanted
 
 
+@pytest.mark.slow
+def test_weights_in_four_bits_run_compiled_too(load: Callable[..., ik.Model]) -> None:
+    model = load("llama", quantize="int4wo", compile=False)
+    wanted = say(model)
+    model.configure(compile=True)
+    assert model.compilation.wait(PATIENCE), str(model.compilation)
+    assert say(model) == wanted
+
+
 def test_damaged_code_is_made_again_by_the_next_load(
     load: Callable[..., ik.Model], cache: Path, tmp_path: Path
 ) -> None:
     compiled_model(load, "gemma3").unload()
-    (folder,) = (f for f in (cache / "compiled").iterdir() if not f.name.startswith("."))
+    runner = load("gemma3", compile=False)._parts.engine.runner
+    folder = compiling._home(compiling._job(runner.module, runner.geometry))
     shutil.copytree(folder, tmp_path / "kept")
     (folder / "0-one.pt2").write_bytes(b"damaged")
     model = load("gemma3", compile=True)

@@ -40,6 +40,7 @@ from inferkit.engine.serving import compiled_reason, graphs_reason
 from inferkit.errors import OptionError
 from inferkit.html import format_bytes
 from inferkit.packing import PackedLinear
+from inferkit.weight_only import WeightOnlyLinear
 
 Compile = bool | Literal["auto"]
 Status = Literal["eager", "compiling", "compiled"]
@@ -327,7 +328,7 @@ def _no_compiler(runner: SlottedRunner) -> str | None:
 def _not_worth(runner: SlottedRunner) -> str | None:
     if runner.device.type != "cpu":
         return None
-    weights = sum(p.nbytes for p in runner.module.parameters())
+    weights = sum(t.nbytes for t in (*runner.module.parameters(), *runner.module.buffers()))
     weights += sum(m.packed_bytes for m in runner.module.modules() if isinstance(m, PackedLinear))
     if weights < SMALL:
         return f"a model of {format_bytes(weights)} gains little"
@@ -342,13 +343,14 @@ def _job(module: Any, geometry: Any) -> dict[str, Any]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     config = module.config.to_dict()
     config.pop("_name_or_path", None)  # where it was loaded from makes no other code
-    packed = [name for name, m in module.named_modules() if isinstance(m, PackedLinear)]
+    named = [*module.named_modules()]
     return {
         "class": type(module).__name__,
         "config": json.loads(json.dumps(config, default=str)),
         "dtype": str(module.dtype).removeprefix("torch."),
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors},
-        "packed": packed,
+        "packed": [name for name, m in named if isinstance(m, PackedLinear)],
+        "weight_only": {name: m.mode for name, m in named if isinstance(m, WeightOnlyLinear)},
         "geometry": [asdict(g) for g in geometry],
         "threads": torch.get_num_threads(),
     }

@@ -32,6 +32,7 @@ from inferkit.engine import attention
 from inferkit.engine.cache import write
 from inferkit.footprint import meta_model
 from inferkit.kv import LayerKV
+from inferkit.weight_only import empty_linear
 
 Where = tuple[str | int, ...]
 """The way to a value among a call's arguments: ("args", 0) or ("kwargs", "attention_mask")."""
@@ -175,6 +176,8 @@ def twin(job: Mapping[str, Any]) -> Any:
         raise UntraceableError(f"its config makes a {type(model).__name__}, not a {job['class']}")
     for name in job["packed"]:
         model.set_submodule(name, PackedTwin(model.get_submodule(name)))
+    for name, mode in job["weight_only"].items():
+        model.set_submodule(name, empty_linear(mode, model.get_submodule(name)))
     for name, (dtype, shape) in job["tensors"].items():
         owner, _, last = name.rpartition(".")
         empty = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
