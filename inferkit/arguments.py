@@ -25,6 +25,10 @@ def _max_memory(text: str) -> dict[str, str]:
     return {device.strip(): size for device, _, size in limits}
 
 
+def _switch(text: str) -> str | bool:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
 MODEL_OPTIONS: Options = {
     "device": {
         "type": _device,
@@ -51,6 +55,11 @@ MODEL_OPTIONS: Options = {
 
 RUN_OPTIONS: Options = {
     "batching": {"help": "continuous, static or off"},
+    "compile": {
+        "type": _switch,
+        "metavar": "WHEN",
+        "help": "the decode step: auto, true or false",
+    },
     "force": {"action": "store_true", "help": "load although the plan says no"},
 }
 """What only `inferkit.load` takes."""
@@ -76,6 +85,7 @@ SAMPLING_OPTIONS: Options = {
 
 VALUES: Mapping[str, tuple[str, ...]] = {
     "batching": ("continuous", "static", "off"),
+    "compile": ("auto", "true", "false"),
     "compute_dtype": ("auto", "bfloat16", "float16", "float32"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "quantize": QUANTIZE_MODES,

@@ -184,7 +184,8 @@ def load(
                 progress=progress,
             )
             old._engine.set_batching(batching)
-            old._parts.set_compile(compile)
+            if compile != old._parts.compile:
+                old.configure(compile=compile)
             return old
 
         def plan(adjust: Mapping[str, int]) -> MemoryPlan:
@@ -311,4 +312,5 @@ def _stop_engines() -> None:
     """End the threads before the interpreter tears torch down under them."""
     for model in models():
         if model._resident is not None:
+            model._resident.compilation.stop()
             model._resident.engine.close(timeout=5.0)

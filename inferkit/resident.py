@@ -108,7 +108,11 @@ class Resident:
             name=name,
         )
         self.compile = compile
-        self.compilation = Compilation(self.engine.runner, compile)
+        try:
+            self.compilation = Compilation(self.engine.runner, compile)
+        except BaseException:  # an interrupt
+            self.engine.close(self.engine.runner.release)
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -176,14 +180,21 @@ class Resident:
         )
         self.loaded, self.plan, self.identity = loaded, plan, identity
         self.engine.adopt(_runner(loaded, plan, identity), plan.max_batch, plan.context)
-        self.compilation = Compilation(self.engine.runner, self.compile)
+        self._begin_compiling()
 
     def set_compile(self, compile: Compile) -> None:
-        """Compile the decode step from now on, or run the architecture's own code."""
-        if compile != self.compile:
-            self.compile = compile
+        """Compile the decode step, unless that was done or is, or run the architecture's code."""
+        going_on = self.compilation.status != "eager"
+        if not (going_on if compile else self.compile is False):
             self.compilation.stop()
-            self.compilation = Compilation(self.engine.runner, compile)
+            self.compile = compile
+            self._begin_compiling()
+        self.compile = compile
+
+    def _begin_compiling(self) -> None:
+        self.compilation = Compilation(self.engine.runner, self.compile)
+        if self.engine.closed:  # meanwhile: `release` may have stopped the one before
+            self.compilation.stop()
 
     def _put_back(self, plan: MemoryPlan, identity: Identity) -> None:
         try:
@@ -228,11 +239,11 @@ class Resident:
         """Cancel all requests, and empty the weights as soon as no step works with them."""
 
         def empty() -> None:
+            self.compilation.stop()
             self.engine.runner.release()
             release(self.loaded)
 
         self.reference = None
-        self.compilation.stop()
         self.engine.close(empty)
 
     def _settings(self) -> Settings:

@@ -156,7 +156,7 @@ def test_it_is_switched_off_and_on(load: Callable[..., ik.Model]) -> None:
     wanted = say(model)
     model.configure(compile=False)
     assert eager_reason(model) == "compile=False"
-    assert not model._parts.engine.runner.cache.compiled
+    assert not model._parts.engine.runner.compiled
     assert say(model) == wanted
     model.configure(compile=True)
     assert model.compilation.status == "compiled"

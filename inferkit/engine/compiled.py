@@ -50,6 +50,8 @@ class CompiledLayers:
             _Layer(module.get_submodule(name), index, graphs[graph])
             for index, (name, graph) in enumerate(contents["layers"])
         ]
+        for layer in self._layers:  # only when nothing can go wrong any more
+            layer.install()
 
     def release(self) -> None:
         """Let go of the weights, and have the layers run their own code again."""
@@ -65,12 +67,15 @@ class _Layer:
         self._module, self._index, self._graph = module, index, graph
         self._weights = [_weight(module, name) for name in graph.weights]
         self._forward = module.forward
-        module.forward = self
+
+    def install(self) -> None:
+        """Take the place of the layer's ``forward``."""
+        self._module.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         graph, given = self._graph, (args, kwargs)
         cache = graph.cache(given)
-        operands = cache.operands(self._index) if cache.compiled else None
+        operands = cache.operands(self._index) if getattr(cache, "compiled", False) else None
         if operands is None:
             return self._forward(*args, **kwargs)
         rows, tokens = operands[3].shape

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +91,11 @@ class Compilation:
         self._stop = threading.Event()
         self._ended = threading.Event()
         self._working = threading.Lock()
-        self.reason = _against(runner, compile) or ""
+        self._graphs = lambda: getattr(runner, "graphs", None)
+        try:
+            self.reason = _against(runner, compile) or ""
+        except Exception as error:  # a cache folder that is another's, say
+            self.reason = _first_line(error)
         if isinstance(runner, SequentialRunner):
             self._ended.set()
         elif self.reason:
@@ -112,6 +117,9 @@ class Compilation:
     def __str__(self) -> str:
         if self.status == "compiling" and self.total:
             return f"compiling ({self.done} of {self.total})"
+        graphs = self._graphs()
+        if self.status == "compiled" and graphs is not None and graphs.reason:
+            return f"compiled, but not every step: {graphs.reason}"
         return f"{self.status}: {self.reason}" if self.reason else self.status
 
     def __repr__(self) -> str:
@@ -160,10 +168,16 @@ class Compilation:
             _log.debug("Compiling failed.", exc_info=True)
             self._end("eager", _first_line(error))
         finally:
+            if not self._ended.is_set():
+                self._end("eager", "it was stopped")
             release_team()
 
     def _put_in_place(self, runner: SlottedRunner, layers: CompiledLayers) -> None:
-        reason = compiled_reason(runner)
+        try:
+            reason = compiled_reason(runner)
+        except BaseException:
+            layers.release()
+            raise
         if reason is None:
             runner.use_compiled(layers)
             self._end("compiled", "")
@@ -193,12 +207,14 @@ class Compilation:
                 return target
             for stale in (target, *home.glob(f".{target.name}.tmp-*")):
                 shutil.rmtree(stale, ignore_errors=not stale.exists())
-            made = Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name}.tmp-"))
+            work = Path(tempfile.mkdtemp(dir=home, prefix=f".{target.name}.tmp-"))
             try:
-                self._run({**job, "folder": str(made)})
+                made = work / "code"
+                made.mkdir(mode=0o700)
+                self._run({**job, "folder": str(made)}, work)
                 made.rename(target)
             finally:
-                shutil.rmtree(made, ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
         return target
 
     @contextlib.contextmanager
@@ -219,13 +235,17 @@ class Compilation:
         finally:
             lock.release()
 
-    def _run(self, job: dict[str, Any]) -> None:
-        """Do a job in a process of its own; it ends with this one, and with `stop`."""
-        with tempfile.TemporaryFile() as log, _worker(log) as worker:
+    def _run(self, job: dict[str, Any], work: Path) -> None:
+        """Do a job in a process of its own; it ends with this one, and with `stop`.
+
+        All that it writes goes into the folder ``work``.
+        """
+        with tempfile.TemporaryFile() as log, _worker(log, work) as worker:
             ended = threading.Thread(target=self._watch, args=(worker,), daemon=True)
             ended.start()
-            worker.stdin.write(json.dumps(job) + "\n")
-            worker.stdin.flush()  # and left open: its end tells the worker that we are gone
+            with contextlib.suppress(BrokenPipeError):  # its end is seen below
+                worker.stdin.write(json.dumps(job) + "\n")
+                worker.stdin.flush()  # and left open: its end tells the worker that we are gone
             failure = None
             for line in worker.stdout:
                 said = json.loads(line)
@@ -247,15 +267,17 @@ class Compilation:
 
 
 def _layers(module: Any, folder: Path) -> CompiledLayers:
-    try:
-        return CompiledLayers(module, folder)
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)  # the next load makes it again
-        raise
+    stat = folder.stat()
+    if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+        raise RuntimeError(f"others may write to {folder}, whose code would be run: remove it")
+    if not all(map(zipfile.is_zipfile, folder.glob("*.pt2"))):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise RuntimeError("the code that was kept is damaged; the next load makes it again")
+    return CompiledLayers(module, folder)
 
 
 @contextlib.contextmanager
-def _worker(log: Any) -> Iterator[Any]:
+def _worker(log: Any, work: Path) -> Iterator[Any]:
     # A session of its own: an interrupt of the notebook is not for it. Its compiler ends with it.
     worker = subprocess.Popen(
         [sys.executable, "-P", "-m", "inferkit.engine.tracing"],
@@ -264,7 +286,12 @@ def _worker(log: Any) -> Iterator[Any]:
         stderr=log,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+            "TMPDIR": str(work),
+        },
     )
     try:
         yield worker
@@ -277,6 +304,8 @@ def _worker(log: Any) -> Iterator[Any]:
 
 
 def _kill(worker: subprocess.Popen[str]) -> None:
+    if worker.poll() is not None:  # its number may be another's by now
+        return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(worker.pid, signal.SIGKILL)
 
@@ -315,7 +344,7 @@ def _unsupported(runner: SlottedRunner) -> str | None:
 
 
 def _no_compiler(runner: SlottedRunner) -> str | None:
-    if runner.device.type != "cpu":
+    if runner.device.type != "cpu" or _kept(runner):
         return None
     named = os.environ.get("CXX")
     if sys.platform == "win32" or not hasattr(os, "killpg"):
@@ -333,9 +362,14 @@ def _not_worth(runner: SlottedRunner) -> str | None:
     if weights < SMALL:
         return f"a model of {format_bytes(weights)} gains little"
     free = find_device("cpu").free
-    if free < ROOM and not (_home(_job(runner.module, runner.geometry)) / CONTENTS).is_file():
+    if free < ROOM and not _kept(runner):
         return f"compiling takes up to {format_bytes(ROOM)}, and {format_bytes(free)} are free"
     return None
+
+
+def _kept(runner: SlottedRunner) -> bool:
+    """Whether the code is there already."""
+    return (_home(_job(runner.module, runner.geometry)) / CONTENTS).is_file()
 
 
 def _job(module: Any, geometry: Any) -> dict[str, Any]:

@@ -7,12 +7,16 @@ of positions read (the same), captured when it is first needed: some tens of mil
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 _READ = 256  # the fewest positions that a graph reads
+
+# What another model ran on the stream of a capture would be captured with it.
+_capturing = threading.Lock()
 
 Pass = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """(tokens [rows, 1], positions [rows, 1], longest position) -> logits [rows, vocab]."""
@@ -37,7 +41,7 @@ class CudaGraphs:
         longest: The longest position.
 
     Attributes:
-        reason: Why the step could not be captured, once that was tried in vain.
+        reason: Why some step could not be captured, once that was tried in vain.
     """
 
     def __init__(self, run: Pass, device: torch.device, slots: int, longest: int) -> None:
@@ -46,7 +50,7 @@ class CudaGraphs:
         self._device = device
         self._slots = slots
         self._longest = longest
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int], _Graph | None] = {}  # None: not to be captured
         self._pool = torch.cuda.graph_pool_handle()
 
     def rows(self, wanted: int) -> int:
@@ -55,21 +59,15 @@ class CudaGraphs:
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor | None:
         """The logits [rows, vocab], until the next step; None where it cannot be captured."""
-        if self.reason is not None:
-            return None
         longest = min(max(_READ, _power(max(positions) + 1)) - 1, self._longest)
         key = len(tokens), longest
         given = torch.tensor([tokens, positions])[:, :, None]
         with torch.inference_mode(), torch.cuda.device(self._device):
             if key not in self._graphs:
-                try:
-                    self._graphs[key] = self._capture(given, longest)
-                except RuntimeError as error:  # an operation that waits, or lack of memory
-                    self.release()
-                    first = str(error).strip().split("\n", 1)[0]
-                    self.reason = f"the step cannot be captured as a CUDA graph ({first})"
-                    return None
+                self._graphs[key] = self._tried(given, longest)
             found = self._graphs[key]
+            if found is None:
+                return None
             found.inputs.copy_(given)
             found.graph.replay()
             return found.logits
@@ -78,6 +76,15 @@ class CudaGraphs:
         """Give the graphs' memory back; the next step captures anew."""
         self._graphs.clear()
         self._pool = torch.cuda.graph_pool_handle()
+
+    def _tried(self, given: torch.Tensor, longest: int) -> _Graph | None:
+        try:
+            with _capturing:
+                return self._capture(given, longest)
+        except RuntimeError as error:  # an operation that waits, or lack of memory
+            first = str(error).strip().split("\n", 1)[0]
+            self.reason = f"the step cannot be captured as a CUDA graph ({first})"
+            return None
 
     def _capture(self, given: torch.Tensor, longest: int) -> _Graph:
         inputs = given.to(self._device)

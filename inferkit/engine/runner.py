@@ -45,6 +45,7 @@ class SlottedRunner:
 
     Attributes:
         layers: The compiled code of the model's layers, if there is any.
+        compiled: Whether passes run it.
         graphs: The decode steps as CUDA graphs, where they run as such.
     """
 
@@ -64,6 +65,7 @@ class SlottedRunner:
         self.geometry = tuple(geometry)
         self._devices = _layer_devices(module, len(self.geometry), self.device)
         self.layers: CompiledLayers | None = None
+        self.compiled = False
         self.graphs: CudaGraphs | None = None
         self.cache = self._new_cache(slots, context)
         module.set_attn_implementation(attention.NAME)
@@ -73,25 +75,23 @@ class SlottedRunner:
         if self.graphs is not None:
             self.graphs.release()  # they write to its addresses
         self.cache.release()
-        compiled = self.cache.compiled
         self.cache = self._new_cache(slots, context)
-        self.cache.compiled = compiled
         self.use_graphs(self.graphs is not None)
 
     def use_graphs(self, wanted: bool) -> None:
-        """Run decode steps as CUDA graphs from now on, or not; while no pass runs."""
-        self.graphs = None
-        if wanted:
-            cache = self.cache
-            self.graphs = CudaGraphs(self._step, self.device, cache.slots, cache.context)
+        """Run decode steps as CUDA graphs from the next one on, or not; any thread may say so."""
+        cache = self.cache
+        self.graphs = (
+            CudaGraphs(self._step, self.device, cache.slots, cache.context) if wanted else None
+        )
 
     def use_compiled(self, layers: CompiledLayers | None) -> None:
-        """Run these layers' compiled code from now on, or with None the architecture's own.
+        """Run these layers' compiled code from the next pass on, or with None the architecture's.
 
-        Any thread may say so, also while a pass runs.
+        Any thread may say so.
         """
         self.layers = layers or self.layers
-        self.cache.compiled = layers is not None
+        self.compiled = layers is not None
 
     def _new_cache(self, slots: int, context: int) -> SlotCache:
         return SlotCache(
@@ -131,17 +131,18 @@ class SlottedRunner:
 
     def rows(self, wanted: int) -> int:
         """How many rows a decode step takes to give so many a token."""
-        return wanted if self.graphs is None else self.graphs.rows(wanted)
+        graphs = self.graphs
+        return wanted if graphs is None else graphs.rows(wanted)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """One token for each of the slots 0, 1, ... n-1; return logits [n, vocab].
 
         They hold until the next step. n is best one of those that `rows` gives.
         """
-        if self.graphs is not None:
-            logits = self.graphs.step(tokens, positions)
-            if logits is not None:
-                return logits
+        graphs = self.graphs  # another thread may switch them off meanwhile
+        logits = None if graphs is None else graphs.step(tokens, positions)
+        if logits is not None:
+            return logits
         return self._step(
             torch.tensor(tokens, device=self.device)[:, None],
             torch.tensor(positions, device=self.device)[:, None],
@@ -182,6 +183,7 @@ class SlottedRunner:
     @torch.inference_mode()
     def _pass(self, tokens: torch.Tensor, view: View, keep: int) -> torch.Tensor:
         """The logits [rows, kept, vocab] after the last ``keep`` tokens, or after all for 0."""
+        self.cache.compiled = self.compiled
         self.cache.begin(view)
         masks = self.cache.masks(self.dtype)
         out = self.module(

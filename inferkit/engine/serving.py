@@ -99,7 +99,7 @@ def compiled_reason(runner: SlottedRunner) -> str | None:
     """
 
     def switch(trial: SlottedRunner, on: bool) -> None:
-        trial.cache.compiled = on
+        trial.compiled = on
 
     return _differs(runner, switch)
 

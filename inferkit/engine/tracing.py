@@ -414,7 +414,8 @@ def _text(program: ExportedProgram, signature: Signature) -> str:
 
 def main() -> int:
     """Do the job that is the first line of the standard input; its end ends this."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is none of ours
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is none of ours
     os.nice(10)  # requests that run meanwhile come first
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
