@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 ENGINES := transformers llamacpp vllm
 # Two tests at a time, each file in one process: what a file's tests share is made once.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 FAST := not slow and not demo and not browser and not gpu and not peers
 
 .DEFAULT_GOAL := help

@@ -183,6 +183,7 @@ def stage(*requests: Request, name: str = "played") -> Any:
         batching="continuous",
         max_batch=1,
         context=64,
+        compilation=False,
         _engine=engine,
         submit=engine.submit,
     )

@@ -164,12 +164,16 @@ class TestQuickstart:
 def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
-    # Two of its modes and one batch: the whole of it takes minutes.
+    # Two of its modes, one batch and few tokens: the whole of it takes minutes.
     notebook = nbformat.read(QUANTIZATION, as_version=4)
     smaller = {
         '"none", "int8", "nf4", "fp4"': '"none", "nf4"',
         "[1, 4]": "4",
         "repeat=3": "repeat=2",
+        "max_tokens=8,": "max_tokens=4, repeat=2,",
+        "[4, 16] * 4": "[2, 6] * 2",
+        '("always", "never")': '("always",)',
+        "=True, progress=False), progress": '=True, progress=False), ["Once upon"], progress',
     }
     for cell in code_cells(notebook):
         for whole, part in smaller.items():
