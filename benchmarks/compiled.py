@@ -23,11 +23,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from spread import Spread
+from spread import steps_against
 
 _WAYS = ("own code", "compiled")
 
@@ -76,6 +75,7 @@ def measure(
                 step = ways[way]()
                 if number:
                     found.append({"round": number, "way": way, "batch": batch, "step": step})
+    cases = dict.fromkeys((r["way"], r["batch"]) for r in found)
     weights = _weights_read(model)
     model.unload()
     return {
@@ -88,7 +88,7 @@ def measure(
         "kept_s": second,
         "limit_ms": 1e3 * weights / _bandwidth(device),
         "weights": weights,
-        "steps": _summary(found),
+        "steps": steps_against(found, "way", "own code", cases),
         "rounds": rounds,
     }
 
@@ -155,22 +155,6 @@ def _device_name(device: str) -> str:
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-
-
-def _summary(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    by = {(r["round"], r["way"], r["batch"]): r["step"] for r in found}
-    rounds = sorted({r["round"] for r in found})
-    return [
-        {
-            "way": way,
-            "batch": batch,
-            "step_ms": asdict(Spread.of(1e3 * by[n, way, batch] for n in rounds)),
-            "ratio": asdict(
-                Spread.of(by[n, way, batch] / by[n, "own code", batch] for n in rounds)
-            ),
-        }
-        for way, batch in dict.fromkeys((r["way"], r["batch"]) for r in found)
-    ]
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from spread import Spread
+from spread import Spread, steps_against
 
 MODES = ("none", "int8", "nf4", "fp4")
 _TICK = 0.005
@@ -71,7 +72,7 @@ def measure(
                     steps.append({"round": number, "mode": mode, "batch": batch, "step": step})
     model.unload()
     return {
-        "steps": _steps(steps, batches),
+        "steps": steps_against(steps, "mode", "none", product(MODES, batches)),
         "toggles": _toggles(toggles),
         "memory": _memory(toggles),
         "rounds": rounds,
@@ -132,21 +133,6 @@ def _anonymous() -> int:
     status = Path("/proc/self/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
-
-
-def _steps(found: Sequence[dict[str, Any]], batches: Sequence[int]) -> list[dict[str, Any]]:
-    by = {(r["round"], r["mode"], r["batch"]): r["step"] for r in found}
-    rounds = sorted({r["round"] for r in found})
-    return [
-        {
-            "mode": mode,
-            "batch": batch,
-            "step_ms": asdict(Spread.of(1e3 * by[n, mode, batch] for n in rounds)),
-            "ratio": asdict(Spread.of(by[n, mode, batch] / by[n, "none", batch] for n in rounds)),
-        }
-        for mode in MODES
-        for batch in batches
-    ]
 
 
 def _toggles(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,37 +40,22 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(asked.threads) | {"busy_before": quiet},
     }
+    steps = {
+        "path": str(model),
+        "threads": asked.threads,
+        "batches": asked.batches,
+        "tokens": asked.tokens,
+        "rounds": asked.rounds,
+    }
     parts: dict[str, Callable[[], Any]] = {
         "speed": lambda: _speed(asked, model, gguf),
-        "overhead": lambda: in_fresh_process(
-            "overhead.py",
-            path=str(model),
-            threads=asked.threads,
-            batches=asked.batches,
-            tokens=asked.tokens,
-            rounds=asked.rounds,
-        ),
+        "overhead": lambda: in_fresh_process("overhead.py", **steps),
         "memory": lambda: in_fresh_process(
             "memory.py", path=str(model), threads=asked.threads, requests=asked.requests
         ),
         "plan": lambda: _plan(asked, model),
-        "modes": lambda: in_fresh_process(
-            "modes.py",
-            path=str(model),
-            threads=asked.threads,
-            batches=asked.batches,
-            tokens=asked.tokens,
-            rounds=asked.rounds,
-        ),
-        "compiled": lambda: in_fresh_process(
-            "compiled.py",
-            path=str(model),
-            threads=asked.threads,
-            batches=asked.batches,
-            tokens=asked.tokens,
-            rounds=asked.rounds,
-            device=asked.device,
-        ),
+        "modes": lambda: in_fresh_process("modes.py", **steps),
+        "compiled": lambda: in_fresh_process("compiled.py", **steps, device=asked.device),
         "panel": lambda: in_fresh_process(
             "panel.py",
             path=str(model),

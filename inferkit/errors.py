@@ -105,3 +105,8 @@ class NonFiniteLogitsError(GenerationError):
 
 class ForkedProcessError(InferkitError):
     """A model was used in a forked child of the process that loaded it."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """What another library's error says in its first line, or what kind it is."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 from inferkit import stored
 from inferkit.catalog import Source
 from inferkit.devices import out_of_memory, release_memory, runners
-from inferkit.errors import DamagedFileError, LoadError, ModelError, UnsupportedModelError
+from inferkit.errors import (
+    DamagedFileError,
+    LoadError,
+    ModelError,
+    UnsupportedModelError,
+    first_line,
+)
 from inferkit.memory import MemoryPlan
 from inferkit.model_files import SIDE_FILES
 from inferkit.placement import offloads, quiet
@@ -289,7 +295,7 @@ def read_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         return found
     except Exception as error:  # the tokenizers library raises plain Exception
         raise LoadError(
-            f"The tokenizer in {source.path} cannot be read ({_first_line(error)}). "
+            f"The tokenizer in {source.path} cannot be read ({first_line(error)}). "
             "The folder needs the tokenizer's files (tokenizer.json or tokenizer.model) beside "
             "config.json: save it there with tokenizer.save_pretrained(folder)."
         ) from None
@@ -317,7 +323,7 @@ def _defaults(module: Any) -> dict[str, Any]:
 
 
 def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
-    kind, line = type(error).__name__, _first_line(error)
+    kind, line = type(error).__name__, first_line(error)
     problem: ModelError
     if "No space left on device" in line:
         problem = LoadError(
@@ -338,7 +344,3 @@ def _explain(error: Exception, source: Source, plan: MemoryPlan) -> ModelError:
         problem = LoadError(f"{source.ref!r} did not load: {kind}: {line}")
     problem.add_note("".join(traceback.format_exception(error)))
     return problem
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

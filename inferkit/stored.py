@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from inferkit.devices import dtype_name
-from inferkit.errors import UnsupportedModelError
+from inferkit.errors import UnsupportedModelError, first_line
 from inferkit.footprint import (
     QUANTIZE_MODES,
     kept_in_fp32,
@@ -141,5 +141,5 @@ def _converted(meta: Any, quantizer: Any, devices: Sequence[str]) -> Any:
 
 
 def _words(error: BaseException | None) -> str:
-    line = str(error).strip().split("\n", 1)[0] or type(error).__name__
+    line = first_line(error)
     return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -38,7 +38,7 @@ from inferkit.engine.openmp import release_team
 from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import compiled_reason, graphs_reason
-from inferkit.errors import OptionError
+from inferkit.errors import OptionError, first_line
 from inferkit.html import format_bytes
 from inferkit.packing import PackedLinear
 from inferkit.weight_only import WeightOnlyLinear
@@ -95,7 +95,7 @@ class Compilation:
         try:
             self.reason = _against(runner, compile) or ""
         except Exception as error:  # a cache folder that is another's, say
-            self.reason = _first_line(error)
+            self.reason = first_line(error)
         if isinstance(runner, SequentialRunner):
             self._ended.set()
         elif self.reason:
@@ -152,7 +152,7 @@ class Compilation:
         try:
             reason = graphs_reason(runner)
         except Exception as error:  # code of any architecture, where it must not wait
-            reason = _first_line(error)
+            reason = first_line(error)
         runner.use_graphs(reason is None)
         self._end("eager" if reason else "compiled", reason or "")
 
@@ -166,7 +166,7 @@ class Compilation:
             self._end("eager", "it was stopped")
         except Exception as error:  # whatever torch, a compiler or the system may raise
             _log.debug("Compiling failed.", exc_info=True)
-            self._end("eager", _first_line(error))
+            self._end("eager", first_line(error))
         finally:
             if not self._ended.is_set():
                 self._end("eager", "it was stopped")
@@ -344,12 +344,13 @@ def _unsupported(runner: SlottedRunner) -> str | None:
 
 
 def _no_compiler(runner: SlottedRunner) -> str | None:
-    if runner.device.type != "cpu" or _kept(runner):
+    if runner.device.type != "cpu":
         return None
     named = os.environ.get("CXX")
     if sys.platform == "win32" or not hasattr(os, "killpg"):
         return "compiling is not supported on this system"
-    if not any(shutil.which(c) for c in ([named] if named else ["g++", "clang++"])):
+    here = any(shutil.which(c) for c in ([named] if named else ["g++", "clang++"]))
+    if not here and not _kept(runner):
         return "no C++ compiler was found (Debian and Ubuntu: apt-get install g++)"
     return None
 
@@ -405,7 +406,3 @@ def _home(job: dict[str, Any]) -> Path:
     )
     said = json.dumps([job, made_by, sorted(processor())], sort_keys=True, default=str)
     return cache_dir() / "compiled" / hashlib.sha256(said.encode()).hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

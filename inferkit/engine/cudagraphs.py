@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from inferkit.errors import first_line
+
 _READ = 256  # the fewest positions that a graph reads
 
 # What another model ran on the stream of a capture would be captured with it.
@@ -82,8 +84,7 @@ class CudaGraphs:
             with _capturing:
                 return self._capture(given, longest)
         except RuntimeError as error:  # an operation that waits, or lack of memory
-            first = str(error).strip().split("\n", 1)[0]
-            self.reason = f"the step cannot be captured as a CUDA graph ({first})"
+            self.reason = f"the step cannot be captured as a CUDA graph ({first_line(error)})"
             return None
 
     def _capture(self, given: torch.Tensor, longest: int) -> _Graph:

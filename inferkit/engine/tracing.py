@@ -30,6 +30,7 @@ from torch.func import functional_call
 
 from inferkit.engine import attention
 from inferkit.engine.cache import write
+from inferkit.errors import first_line
 from inferkit.footprint import meta_model
 from inferkit.kv import LayerKV
 from inferkit.weight_only import empty_linear
@@ -426,7 +427,7 @@ def main() -> int:
     try:
         run(job, lambda done, total: say(done=done, total=total))
     except Exception as error:  # whatever torch, a compiler or a model's code may raise
-        say(error=str(error).strip().split("\n", 1)[0] or type(error).__name__)
+        say(error=first_line(error))
         raise
     return 0
 
