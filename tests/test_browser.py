@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 from lab import DARK, LIGHT, Lab, Tab, open_notebook
 from playwright.sync_api import Browser
@@ -31,10 +32,14 @@ INTERRUPTED = (
 @pytest.fixture(scope="module")
 def quickstart(browser: Browser, lab: Lab) -> Iterator[Tab]:
     """The quickstart, all cells run in JupyterLab, in a window that shows them all."""
-    tab = open_notebook(browser, lab, lab.copy(QUICKSTART))
+    name = lab.copy(QUICKSTART)
+    tab = open_notebook(browser, lab, name)
     tab.page.set_viewport_size({"width": 1200, "height": 8000})
     tab.start("notebook:run-all-cells")
-    last = tab.page.locator(".jp-CodeCell").count() - 1
+    notebook = nbformat.read(lab.folder / name, as_version=4)
+    last = sum(cell.cell_type == "code" for cell in notebook.cells) - 1
+    # JupyterLab puts a notebook's cells on the page one after the other.
+    tab.cell(last).wait_for()
     tab.wait_for_output(last, r"E2E +ms", RUN_LIMIT)
     yield tab
     tab.close()

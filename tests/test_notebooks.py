@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ PANEL = ROOT / "notebooks" / "03-panel.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
 SVG = "image/svg+xml"
+FEW_WORDS = "It was the White Rabbit, trotting slowly back again, and looking anxiously about."
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/\S+")
 
 
@@ -69,6 +71,22 @@ def printed(cell: NotebookNode) -> str:
 
 def cell_with(notebook: NotebookNode, source: str) -> NotebookNode:
     return next(cell for cell in code_cells(notebook) if source in cell.source)
+
+
+def smaller(source: str, parts: dict[str, str]) -> str:
+    """A source with less to do: each text in ``parts``, which must be there, put as another."""
+    for whole, part in parts.items():
+        assert whole in source, whole
+        source = source.replace(whole, part)
+    return source
+
+
+def run_smaller(source: Path, folder: Path, parts: dict[str, str]) -> Run:
+    """Execute a copy of a notebook that has less to do: see `smaller`."""
+    copy = folder / source.name
+    as_json = {json.dumps(whole)[1:-1]: json.dumps(part)[1:-1] for whole, part in parts.items()}
+    copy.write_text(smaller(source.read_text(encoding="utf-8"), as_json), encoding="utf-8")
+    return run(copy, folder / "out")
 
 
 def shape(notebook: NotebookNode) -> list[tuple[str, list[set[str]]]]:
@@ -165,22 +183,20 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
     # Two of its modes, one batch and few tokens: the whole of it takes minutes.
-    notebook = nbformat.read(QUANTIZATION, as_version=4)
-    smaller = {
+    parts = {
         '"none", "int8", "nf4", "fp4"': '"none", "nf4"',
         "[1, 4]": "4",
         "repeat=3": "repeat=2",
         "max_tokens=8,": "max_tokens=4, repeat=2,",
+        "max_tokens=32": "max_tokens=8",
         "[4, 16] * 4": "[2, 6] * 2",
         '("always", "never")': '("always",)',
-        "=True, progress=False), progress": '=True, progress=False), ["Once upon"], progress',
+        '"Once upon a time"], progress': '"Once upon a time"], **few, progress',
+        "double_quant=True, progress=False), progress": "double_quant=True, progress=False), "
+        "**few, progress",
+        "options = dict(": f"few = dict(text={FEW_WORDS!r}, max_tokens=4)\noptions = dict(",
     }
-    for cell in code_cells(notebook):
-        for whole, part in smaller.items():
-            cell.source = cell.source.replace(whole, part)
-    source = tmp_path / QUANTIZATION.name
-    nbformat.write(notebook, source)
-    fresh = run(source, tmp_path / "out")
+    fresh = run_smaller(QUANTIZATION, tmp_path, parts)
     assert fresh.status == 0, fresh.stderr
     assert_like_its_committed_copy(fresh)
     notebook = fresh.notebook
@@ -199,7 +215,9 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
 def test_panel_notebook_keeps_what_the_panel_showed_last(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
-    fresh = run(PANEL, tmp_path)
+    fresh = run_smaller(
+        PANEL, tmp_path, {"max_tokens=48": "max_tokens=8", "-tokens 40": "-tokens 9"}
+    )
     assert fresh.status == 0, fresh.stderr
     assert_like_its_committed_copy(fresh)
     picture, table = cell_with(fresh.notebook, "ik.Panel()").outputs
@@ -208,7 +226,7 @@ def test_panel_notebook_keeps_what_the_panel_showed_last(
     assert len(re.findall(r"^ ?\d+ .* length ", table.data["text/plain"], re.MULTILINE)) == 20
     figure = next(o.data[PLOTLY] for o in outputs(fresh.notebook) if PLOTLY in o.get("data", {}))
     itl = next(trace for trace in figure["data"] if trace["name"] == "ITL")
-    assert len(itl["y"]) == 36 * 47  # three runs of twelve requests with 48 tokens each
+    assert len(itl["y"]) == 36 * 7  # three runs of twelve requests with 8 tokens each
 
 
 def assert_like_its_committed_copy(fresh: Run) -> None:
@@ -220,6 +238,8 @@ def assert_like_its_committed_copy(fresh: Run) -> None:
 def test_the_example_in_the_readme_runs(demo_model_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    few = f"ik.fidelity(model, text={FEW_WORDS!r}, max_tokens=4)"
+    example = smaller(example, {"max_tokens=64": "max_tokens=8", "ik.fidelity(model)": few})
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", example],
         capture_output=True,

@@ -51,6 +51,8 @@ SMALL = 64 << 20
 """Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
 ROOM = 2 << 30
 """Bytes of free memory below which "auto" compiles nothing: torch and the compiler need them."""
+NICE = 10
+"""How much the compiling process gives way to requests that run meanwhile."""
 
 _TICK = 0.2
 _log = logging.getLogger("inferkit")
@@ -280,7 +282,7 @@ def _layers(module: Any, folder: Path) -> CompiledLayers:
 def _worker(log: Any, work: Path) -> Iterator[Any]:
     # A session of its own: an interrupt of the notebook is not for it. Its compiler ends with it.
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "inferkit.engine.tracing"],
+        [sys.executable, "-P", "-m", "inferkit.engine.tracing", str(NICE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -414,10 +414,13 @@ def _text(program: ExportedProgram, signature: Signature) -> str:
 
 
 def main() -> int:
-    """Do the job that is the first line of the standard input; its end ends this."""
+    """Do the job that is the first line of the standard input; its end ends this.
+
+    The only argument is how much the process gives way to others, as for ``nice``.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is none of ours
-    os.nice(10)  # requests that run meanwhile come first
+    os.nice(int(sys.argv[1]))
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
