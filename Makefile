@@ -16,13 +16,14 @@ PEERS := .venv-peers
 ENGINES := transformers llamacpp vllm
 # Two tests at a time, each file in one process: what a file's tests share is made once.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
-FAST := not slow and not demo and not browser and not gpu and not peers
+FAST := not slow and not demo and not browser and not gpu and not peers and not binder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab test test-fast lint format bench bench-peers gpu-check browser clean distclean
+.PHONY: help install demo lab test test-fast lint format bench bench-peers gpu-check binder-check \
+	browser clean distclean
 
 help: ## List the commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED) ## Make .venv with all that the other commands need
 
@@ -48,7 +49,7 @@ lab: $(INSTALLED) ## Open the notebooks in JupyterLab
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 test: $(INSTALLED) browser ## Run all tests that this machine can run
-	$(PY) -m pytest -m "not peers" $(PARALLEL) $(TEST_ARGS)
+	$(PY) -m pytest -m "not peers and not binder" $(PARALLEL) $(TEST_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that need neither the demo model nor a browser
 	$(PY) -m pytest -m "$(FAST)" $(PARALLEL) $(TEST_ARGS)
@@ -85,6 +86,9 @@ gpu-check: $(INSTALLED) ## Run the tests that need a CUDA device
 	else \
 		echo "No CUDA device that this torch can use: nothing was checked."; \
 	fi
+
+binder-check: $(INSTALLED) ## Make Binder's environment, and run every notebook with its memory
+	$(PY) -m pytest -m binder -s $(TEST_ARGS)
 
 # The browser tests fail, with a message, where there is no Chromium and none can be installed.
 browser:

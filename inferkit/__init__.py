@@ -22,6 +22,7 @@ from inferkit.errors import (
     DamagedFileError,
     DeviceError,
     DoesNotFitError,
+    ExperimentError,
     ForkedProcessError,
     GenerationError,
     InferkitError,
@@ -39,6 +40,10 @@ from inferkit.errors import (
 if TYPE_CHECKING:
     from inferkit.comparison import Comparison
     from inferkit.engine import Request
+    from inferkit.experiments.experiment import Experiment, open
+    from inferkit.experiments.recording import record
+    from inferkit.experiments.replay import Replay, replay
+    from inferkit.experiments.sharing import binder_link
     from inferkit.generation import Generation
     from inferkit.grid import compare
     from inferkit.latency import LatencySummary, summarize
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from inferkit.model import Model
     from inferkit.notebook.live import LivePlot
     from inferkit.notebook.panel import Panel
+    from inferkit.notebook.playback import Playback, play
     from inferkit.quality import Fidelity
     from inferkit.reference import fidelity
     from inferkit.registry import load, models
@@ -59,6 +65,8 @@ __all__ = [
     "DamagedFileError",
     "DeviceError",
     "DoesNotFitError",
+    "Experiment",
+    "ExperimentError",
     "Fidelity",
     "ForkedProcessError",
     "Generation",
@@ -77,21 +85,29 @@ __all__ = [
     "OptionError",
     "OutOfMemoryError",
     "Panel",
+    "Playback",
     "PromptError",
+    "Replay",
     "Request",
     "SamplingParams",
     "UnsupportedModelError",
+    "binder_link",
     "compare",
     "devices",
     "fidelity",
     "load",
     "models",
+    "open",
     "plan",
+    "play",
+    "record",
+    "replay",
     "summarize",
 ]
 
 _HOME = {
     "Comparison": "inferkit.comparison",
+    "Experiment": "inferkit.experiments.experiment",
     "Fidelity": "inferkit.quality",
     "Generation": "inferkit.generation",
     "Latency": "inferkit.trace",
@@ -100,13 +116,20 @@ _HOME = {
     "MemoryPlan": "inferkit.memory",
     "Model": "inferkit.model",
     "Panel": "inferkit.notebook.panel",
+    "Playback": "inferkit.notebook.playback",
+    "Replay": "inferkit.experiments.replay",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
+    "binder_link": "inferkit.experiments.sharing",
     "compare": "inferkit.grid",
     "fidelity": "inferkit.reference",
     "load": "inferkit.registry",
     "models": "inferkit.registry",
+    "open": "inferkit.experiments.experiment",
     "plan": "inferkit.memory",
+    "play": "inferkit.notebook.playback",
+    "record": "inferkit.experiments.recording",
+    "replay": "inferkit.experiments.replay",
     "summarize": "inferkit.latency",
 }
 

@@ -83,6 +83,14 @@ SAMPLING_OPTIONS: Options = {
 }
 """Keywords of `inferkit.Model.generate`."""
 
+REPLAY_OPTIONS: Options = {
+    "model": {"metavar": "MODEL", "help": "where the model is, if not where it was"},
+    "device": MODEL_OPTIONS["device"],
+    "dtype": MODEL_OPTIONS["dtype"],
+    "pause": {"type": float, "metavar": "S", "help": "most seconds that nothing happens (1)"},
+}
+"""Keywords of `inferkit.replay`."""
+
 VALUES: Mapping[str, tuple[str, ...]] = {
     "batching": ("continuous", "static", "off"),
     "compile": ("auto", "true", "false"),

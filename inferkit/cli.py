@@ -1,8 +1,9 @@
-"""The ``inferkit`` command: ``run``, ``plan`` and ``devices``.
+"""The ``inferkit`` command: ``run``, ``plan``, ``devices`` and ``replay``.
 
 Options are the library's keywords with dashes (``--max-tokens 64``). Text and tables go to stdout,
 latency and progress to stderr, so that the output can be piped. Exit status: 0; 1 from ``plan``
-for a model that does not fit; 2 for an error; 130 after Ctrl-C.
+for a model that does not fit, and from ``replay --check`` for outputs that differ; 2 for an error;
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import inferkit as ik
 from inferkit.arguments import (
     LOAD_OPTIONS,
     MODEL_OPTIONS,
+    REPLAY_OPTIONS,
     RUN_OPTIONS,
     SAMPLING_OPTIONS,
     Options,
@@ -149,6 +151,15 @@ def _devices(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    found = ik.replay(arguments.experiment, **given(arguments, REPLAY_OPTIONS))
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
+    if arguments.save is not None:
+        found.measured.save(arguments.save)
+    good = found.exact if arguments.exact else found.ok
+    return 0 if good or not (arguments.check or arguments.exact) else 1
+
+
 def _complain(error: ik.InferkitError) -> int:
     print(f"inferkit: {' '.join(str(error).split())}", file=sys.stderr)
     return _FAILED
@@ -163,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_devices(commands)
+    _add_replay(commands)
     return parser
 
 
@@ -204,6 +216,32 @@ def _add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     devices = commands.add_parser("devices", help="attached devices and their memory")
     devices.set_defaults(command=_devices)
     _add_json(devices)
+
+
+def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "replay",
+        help="run a recorded experiment again; compare tokens and latency",
+        description="Run a recorded experiment again on this machine, and compare.",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.set_defaults(command=_replay)
+    command.add_argument("experiment", metavar="FILE", help="what ik.record made")
+    command.add_argument(
+        "--check",
+        action="store_true",
+        default=False,
+        help="exit status 1 where outputs differ and rounding does not explain it",
+    )
+    command.add_argument(
+        "--exact",
+        action="store_true",
+        default=False,
+        help="exit status 1 where any token differs",
+    )
+    command.add_argument("--save", metavar="FILE", default=None, help="keep what was measured")
+    _add_json(command)
+    _add_options(command, REPLAY_OPTIONS)
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

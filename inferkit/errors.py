@@ -14,7 +14,8 @@
     ├── GenerationError                     a request failed while it ran
     │   ├── OutOfMemoryError (MemoryError)  memory ran out
     │   └── NonFiniteLogitsError            the model produced NaN or infinite logits
-    └── ForkedProcessError                  used in a forked child of the process that loaded it
+    ├── ForkedProcessError                  used in a forked child of the process that loaded it
+    └── ExperimentError                     a recorded experiment cannot be read, or not run again
 
 A message says what was wrong, with the value; what would have been right; and what to do next.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "DamagedFileError",
     "DeviceError",
     "DoesNotFitError",
+    "ExperimentError",
     "ForkedProcessError",
     "GenerationError",
     "InferkitError",
@@ -105,6 +107,10 @@ class NonFiniteLogitsError(GenerationError):
 
 class ForkedProcessError(InferkitError):
     """A model was used in a forked child of the process that loaded it."""
+
+
+class ExperimentError(InferkitError):
+    """A recorded experiment cannot be read, or cannot be run again here."""
 
 
 def first_line(error: BaseException | None) -> str:

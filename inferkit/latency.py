@@ -44,6 +44,7 @@ class LatencySummary:
         good_request_fraction: The share of requests that do, failed ones in the denominator
             (GuideLLM, whose name for it is slo_attainment, leaves out cancelled ones); None without
             objectives and under "vllm", which has no such number.
+        origin: Where and when it was measured, for what was not measured in this process.
     """
 
     definitions: str
@@ -53,6 +54,7 @@ class LatencySummary:
     duration: float
     goodput: float | None
     good_request_fraction: float | None
+    origin: str = ""
 
     def __getattr__(self, name: str) -> Distribution:
         if name.startswith("_"):  # protocols that copy and display ask before there are fields
@@ -187,6 +189,7 @@ class LatencySummary:
     def __repr__(self) -> str:
         title = self.spec.title
         head = f"{title} definitions, {self.completed} requests completed, {self.failed} failed"
+        head += f"; {self.origin}" if self.origin else ""
         rates = ", ".join(f"{name} {value}" for name, value in self._rates())
         return f"{head}\n{text_table(_COLUMNS, self._rows())}\n{rates}"
 
@@ -197,7 +200,7 @@ class LatencySummary:
         metrics = table(
             _COLUMNS,
             self._rows(),
-            caption=f"{caption} definitions",
+            caption=f"{caption} definitions{'; ' if self.origin else ''}{self.origin}",
             note=f"{meanings}. Percentiles by {method}. Source: {self.spec.source}.",
         )
         names, values = zip(*self._rates())
@@ -241,7 +244,11 @@ _OBJECTIVES = ("ttft", "tpot", "e2e")
 
 
 def summarize(
-    gens: Any, slo: Mapping[str, float] | None = None, definitions: str = "vllm"
+    gens: Any,
+    slo: Mapping[str, float] | None = None,
+    definitions: str = "vllm",
+    *,
+    origin: str = "",
 ) -> LatencySummary:
     """Latency, throughput and goodput of several requests.
 
@@ -249,6 +256,7 @@ def summarize(
         gens: Generations or Latency objects, or a single one: anything with ``.latency``.
         slo: Objectives in seconds, by "ttft", "tpot" and "e2e"; they add ``goodput``.
         definitions: Whose definitions: "vllm" (inferkit's own), "aiperf" or "guidellm".
+        origin: Where and when it was measured, if not here and now; tables and figures say it.
 
     Raises:
         OptionError: No request, something that has no latency, or an unknown or impossible option.
@@ -272,6 +280,7 @@ def summarize(
         duration=duration,
         goodput=goodput,
         good_request_fraction=fraction,
+        origin=origin,
     )
 
 

@@ -46,6 +46,7 @@ class Model:
 
     Attributes:
         name: The name it is loaded under in this process.
+        source: Where its files are.
         ref: The reference it was loaded by.
         path: The local folder from which transformers could load the same weights.
         revision: The commit of a hub model.
@@ -63,6 +64,7 @@ class Model:
     ) -> None:
         identity = resident.identity
         self.name = resident.name
+        self.source = source
         self.ref = source.ref
         self.path = source.path
         self.revision = source.revision

@@ -129,6 +129,8 @@ def _named(summary: LatencySummary) -> str:
     ]
     if summary.output_tokens_per_second is not None:
         parts.append(f"{summary.output_tokens_per_second:,.1f} output tokens/s")
+    if summary.origin:
+        parts.append(summary.origin)
     return " · ".join(parts)
 
 

@@ -31,6 +31,9 @@ from inferkit.progress import Progress
 from inferkit.resident import Identity, take_in
 from inferkit.stored import check_stored
 
+on_load: list[Callable[[Model], None]] = []
+"""Called with each model that was loaded, by the thread that did; they must not fail."""
+
 _table: dict[str, Model] = {}
 _loads = threading.RLock()
 _forked_from: int | None = None
@@ -219,6 +222,8 @@ def load(
         _table[name] = model
         if old is not None:
             old._retire(_REPLACED)
+        for listener in on_load.copy():
+            listener(model)
         return model
 
 

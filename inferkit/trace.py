@@ -34,12 +34,15 @@ class Trace:
     Attributes:
         arrival: When it was submitted.
         scheduled: When the first step that it took part in began; None where it never ran.
-        tokens: When the engine emitted each output token, in order.
+        tokens: When the engine emitted each output token, in order; tokens of a chunk stand at its
+            time.
         finished: When the engine was done with it; None while it runs.
         prompt_tokens: Length of the prompt.
         cached_tokens: How many of these came from the prefix cache.
         ok: False where it ended in an error or was cancelled.
         finish_reason: "stop", "length", "cancelled" or "error".
+        chunks: When each chunk of output arrived, where a chunk may hold several tokens or none;
+            None: one per token; empty: not known.
 
     Raises:
         OptionError: The times run backwards, so that no latency would mean anything.
@@ -53,9 +56,15 @@ class Trace:
     cached_tokens: int = 0
     ok: bool = True
     finish_reason: str | None = None
+    chunks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        known = (self.arrival, self.scheduled, *self.tokens, self.finished)
+        self._check_order(self.tokens)
+        if self.chunks is not None:
+            self._check_order(self.chunks)
+
+    def _check_order(self, output: tuple[int, ...]) -> None:
+        known = (self.arrival, self.scheduled, *output, self.finished)
         times = [time for time in known if time is not None]
         for earlier, later in pairwise(times):
             if later < earlier:
@@ -65,14 +74,21 @@ class Trace:
                 )
 
     @property
+    def output(self) -> tuple[int, ...]:
+        """When output arrived: the times of its chunks, of its tokens where each is a chunk."""
+        return self.tokens if self.chunks is None else self.chunks
+
+    @property
     def end(self) -> int:
         """When it finished; else its last sign of life."""
         known = (self.finished, *self.tokens[-1:], self.scheduled)
         return next((time for time in known if time is not None), self.arrival)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self) | {"tokens": list(self.tokens)}
+        """Plain data, ready for JSON; without ``chunks`` where each token is one."""
+        data = asdict(self) | {"tokens": list(self.tokens)}
+        chunks = data.pop("chunks")
+        return data if chunks is None else data | {"chunks": list(chunks)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trace:
@@ -82,7 +98,8 @@ class Trace:
             OptionError: A field is missing or unknown.
         """
         try:
-            return cls(**{**data, "tokens": tuple(data["tokens"])})
+            times = {n: tuple(data[n]) for n in ("tokens", "chunks") if data.get(n) is not None}
+            return cls(**{**data, **times})
         except (KeyError, TypeError) as error:
             names = ", ".join(f.name for f in fields(cls))
             raise OptionError(f"not a latency trace ({error}); its fields are: {names}") from error
@@ -113,9 +130,12 @@ class Latency:
 
     @property
     def itl(self) -> list[float]:
-        """Inter-token latency: the gap between each token and the one before."""
-        tokens = self.trace.tokens
-        return [(after - before) * NS for before, after in pairwise(tokens)]
+        """Inter-token latency: the gap between each token and the one before.
+
+        Where tokens came in chunks, it is between chunks, as vLLM's ITL and AIPerf's inter-chunk
+        latency are; empty where their times are not known.
+        """
+        return [(after - before) * NS for before, after in pairwise(self.trace.output)]
 
     @property
     def e2e(self) -> float | None:
@@ -155,12 +175,24 @@ class Latency:
         return json.dumps(self.to_dict(), indent=indent)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per token: index, time since arrival and itl, in seconds (first itl: NaN)."""
+        """One row per token: index, time since arrival and itl, in seconds.
+
+        The gap before a chunk stands at its first token; itl is NaN at its others, and at the first
+        token of all.
+        """
         import pandas as pd
 
         since = [(time - self.trace.arrival) * NS for time in self.trace.tokens]
-        gaps = [math.nan, *self.itl][: len(since)]
-        return pd.DataFrame({"token": range(len(since)), "time": since, "itl": gaps})
+        return pd.DataFrame({"token": range(len(since)), "time": since, "itl": self._gaps()})
+
+    def _gaps(self) -> list[float]:
+        """The gap before each token: see `to_frame`."""
+        trace = self.trace
+        if trace.chunks is None:
+            return [math.nan, *self.itl][: len(trace.tokens)]
+        before = dict(reversed(list(zip(trace.chunks[1:], self.itl))))
+        gaps = [before.pop(time, math.nan) for time in trace.tokens[1:]]
+        return [math.nan, *gaps][: len(trace.tokens)]
 
     def plot(self) -> go.Figure:
         """A plotly figure: its tokens over time and the gap before each token."""

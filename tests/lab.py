@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,12 +81,21 @@ class Lab:
     url: str
     folder: Path
 
-    def copy(self, source: Path) -> str:
-        """Put a notebook into the folder, without its outputs, and return its name."""
+    def copy(self, source: Path, parts: Mapping[str, str] | None = None) -> str:
+        """Put a notebook into the folder, without its outputs, and return its name.
+
+        Args:
+            source: The notebook.
+            parts: Texts of its cells, which must be there, and what to put for them.
+        """
         notebook = nbformat.read(source, as_version=4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
+        for whole, part in (parts or {}).items():
+            assert any(whole in cell.source for cell in notebook.cells), whole
+            for cell in notebook.cells:
+                cell.source = cell.source.replace(whole, part)
         nbformat.write(notebook, self.folder / source.name)
         return source.name
 

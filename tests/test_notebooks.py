@@ -186,7 +186,7 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     parts = {
         '"none", "int8", "nf4", "fp4"': '"none", "nf4"',
         "[1, 4]": "4",
-        "repeat=3": "repeat=2",
+        "repeat=3": "repeat=1",
         "max_tokens=8,": "max_tokens=4, repeat=2,",
         "max_tokens=32": "max_tokens=8",
         "[4, 16] * 4": "[2, 6] * 2",

@@ -64,6 +64,8 @@ class Request:
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._times: list[int] = []
+        self._text_ends: list[int] = []
+        self._length = 0  # of the text so far
         self._logprobs: list[TokenLogprobs] = []
         self._scheduled: int | None = None
         self._cached = 0
@@ -109,6 +111,20 @@ class Request:
     def pieces_since(self, index: int) -> list[str]:
         """Its pieces of text from number ``index`` on; see `times_since`."""
         return self._pieces[index:]
+
+    def tokens_since(self, index: int) -> list[tuple[int, int, int]]:
+        """Its tokens from number ``index`` on; see `times_since`.
+
+        Each is its id, when it came, and how many characters of text there were then.
+        """
+        # The last list first: the others are never shorter.
+        ends = self._text_ends[index:]
+        return list(zip(self._token_ids[index:], self._times[index:], ends))
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that needed no prefill; 0 while it waits."""
+        return self._cached
 
     @property
     def scheduled(self) -> int | None:
@@ -243,6 +259,8 @@ class Request:
             if sampled.logprobs is not None:
                 self._logprobs.append(sampled.logprobs)
             piece = "" if end else detokenizer.add(sampled.token_id)
+            self._length += len(piece)
+            self._text_ends.append(self._length)
             self._publish(piece)
         return detokenizer.stopped_by is not None
 

@@ -14,7 +14,14 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.magic_arguments import MagicArgumentParser
 
-from inferkit.arguments import LOAD_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, Options, flag
+from inferkit.arguments import (
+    LOAD_OPTIONS,
+    MODEL_OPTIONS,
+    REPLAY_OPTIONS,
+    SAMPLING_OPTIONS,
+    Options,
+    flag,
+)
 from inferkit.notebook import words
 
 
@@ -149,6 +156,34 @@ COMMANDS: Mapping[str, Command] = {
         "%infer batching static --max-batch 8",
         {"batching": {"nargs": "?", "metavar": "POLICY", "help": "continuous, static or off"}},
         {**{n: LOAD_OPTIONS[n] for n in ("max_batch", "context")}, **_MODEL},
+    ),
+    "record": Command(
+        "Record all requests to a file until it is stopped.",
+        '%infer record "nf4 against bf16"',
+        {"name": {"nargs": "?", "metavar": "NAME", "help": "what to call it"}},
+        {
+            "path": {"metavar": "FILE", "help": "the file; else it is called by the name"},
+            "redact": {"action": "store_true", "help": "leave out prompts and outputs"},
+            "overwrite": {"action": "store_true", "help": "replace a file that is there"},
+            "stop": {"action": "store_true", "help": "end it; what was recorded is in _infer"},
+            "to": _TO,
+        },
+    ),
+    "replay": Command(
+        "Run a recorded experiment again, and compare tokens and latency.",
+        "%infer replay nf4-against-bf16.inferkit.json",
+        {"experiment": {"metavar": "FILE", "help": "what %%infer record made"}},
+        {**REPLAY_OPTIONS, "to": _TO},
+    ),
+    "share": Command(
+        "Give the Binder link that opens this notebook.",
+        "%infer share",
+        {},
+        {
+            "repo": {"metavar": "OWNER/NAME", "help": "else the git remote of this folder"},
+            "ref": {"metavar": "REF", "help": "a tag or commit; else the present commit"},
+            "notebook": {"metavar": "PATH", "help": "else this notebook"},
+        },
     ),
     "panel": Command("Show the panel.", "%infer panel", options=_MODEL),
     "help": Command(

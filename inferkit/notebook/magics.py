@@ -19,7 +19,13 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 import inferkit as ik
-from inferkit.arguments import LOAD_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, given
+from inferkit.arguments import (
+    LOAD_OPTIONS,
+    MODEL_OPTIONS,
+    REPLAY_OPTIONS,
+    SAMPLING_OPTIONS,
+    given,
+)
 from inferkit.html import format_bytes, listed
 from inferkit.notebook import completion
 from inferkit.notebook.commands import (
@@ -36,6 +42,7 @@ from inferkit.notebook.variables import interpolate
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
+    from inferkit.experiments.recording import Recording
     from inferkit.model import Model
 
 _RESULT = "_infer"
@@ -49,6 +56,7 @@ class InferMagics(Magics):
     def __init__(self, shell: Any) -> None:
         super().__init__(shell)  # type: ignore[no-untyped-call]
         self._used: str | None = None  # the model that the magics had to do with last
+        self._recording: Recording | None = None
 
     @line_cell_magic
     @no_var_expand
@@ -123,6 +131,39 @@ class InferMagics(Magics):
     def _batching(self, arguments: argparse.Namespace) -> None:
         options = given(arguments, ("batching", "max_batch", "context"))
         self._tell(self._model(arguments).configure(**options))
+
+    def _record(self, arguments: argparse.Namespace) -> None:
+        target = _target(arguments)
+        under_way = self._recording
+        if under_way is not None and not under_way.running:
+            under_way = None
+        if "stop" in arguments:
+            if under_way is None:
+                raise UsageError('Nothing is recorded: %infer record "a name" begins.')
+            self._keep(under_way.stop(), target)
+            return
+        if under_way is not None:
+            raise UsageError(
+                f"{under_way.experiment.name!r} is recorded already: %infer record --stop ends it."
+            )
+        if "name" not in arguments or arguments.name is None:
+            raise UsageError('Give it a name: %infer record "nf4 against bf16"')
+        options = given(arguments, ("path", "redact", "overwrite"))
+        recording = ik.record(arguments.name, **options)
+        self._variables.update({name: recording.start() for name in (target,) if name})
+        self._recording = recording
+        print(f"Recording to {recording.experiment.path}; %infer record --stop ends it.")
+
+    def _replay(self, arguments: argparse.Namespace) -> None:
+        target = _target(arguments)
+        self._keep(ik.replay(arguments.experiment, **given(arguments, REPLAY_OPTIONS)), target)
+
+    def _share(self, arguments: argparse.Namespace) -> None:
+        self._show(ik.binder_link(**given(arguments, ("repo", "ref", "notebook"))))
+
+    def _keep(self, result: object, target: str | None) -> None:
+        self._variables.update({name: result for name in (_RESULT, target) if name})
+        self._show(result)
 
     def _panel(self, arguments: argparse.Namespace) -> None:
         self._show(ik.Panel(self._model(arguments)) if "model" in arguments else ik.Panel())

@@ -1,0 +1,1 @@
+"""Experiments: recorded as they happen, kept in one file, run again and compared."""

@@ -1,0 +1,295 @@
+"""Experiment: what was recorded, as objects: generations, latency, tables, figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferkit import errors
+from inferkit.errors import ExperimentError, GenerationError, InferkitError, OptionError
+from inferkit.experiments import file as files
+from inferkit.experiments.environment import describe
+from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
+from inferkit.generation import Generation, Generations, Settings
+from inferkit.html import one_line, table, text_table
+from inferkit.latency import LatencySummary, summarize
+from inferkit.sampling import SamplingParams
+from inferkit.trace import NS, Latency, Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from inferkit.experiments.difference import Difference
+
+__all__ = ["Experiment", "generation_of", "open", "open_experiment"]
+
+_SHOWN = 20  # requests that a table of an experiment has
+
+
+class Experiment:
+    """Requests with their tokens and times, what they ran on, and what changed meanwhile.
+
+    Made by `inferkit.record` and `inferkit.open`. What is recorded grows until the end of the
+    ``with`` block.
+
+    Args:
+        file: What the file says.
+        path: Where it is.
+        fresh: Whether it was measured by this process.
+    """
+
+    def __init__(
+        self, file: ExperimentFile, path: Path | None = None, *, fresh: bool = False
+    ) -> None:
+        self.file = file
+        self.path = path
+        self._fresh = fresh
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.file.name
+
+    @property
+    def created(self) -> datetime:
+        """When it began, in UTC."""
+        return datetime.fromisoformat(self.file.created)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was brought to its end; otherwise its last moments may be missing."""
+        return self.file.duration is not None
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from beginning to end; None without an end."""
+        return None if self.file.duration is None else self.file.duration * NS
+
+    @property
+    def redacted(self) -> bool:
+        """Whether prompts and outputs were left out."""
+        return self.file.redacted
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know."""
+        return tuple(self.file.notes)
+
+    @property
+    def environment(self) -> Environment:
+        """Versions, processor, devices, git commit, notebook."""
+        return self.file.environment
+
+    @property
+    def origin(self) -> str:
+        """When and on what it was measured, as tables and figures of it say."""
+        verb = "recorded" if self.file.source == "inferkit" else f"by {self.file.source}"
+        if self._fresh:
+            verb = "measured here and now,"
+        where = describe(self.environment)
+        return f"{verb} {self.created:%Y-%m-%d}{' on ' if where else ''}{where}"
+
+    @property
+    def generations(self) -> Generations:
+        """The requests that have ended, in order of arrival."""
+        return Generations(
+            generation_of(one) for one in self.file.requests if one.finish_reason is not None
+        )
+
+    # -- figures --------------------------------------------------------------------------------
+
+    def summary(self, **options: Any) -> LatencySummary:
+        """The latency of all requests together; options as for `inferkit.summarize`.
+
+        Raises:
+            OptionError: There are none, or an option is wrong.
+        """
+        done = self.generations
+        if not done:
+            raise OptionError(f"The experiment {self.name!r} has no request that ended.")
+        return summarize(done, **{"origin": self.origin} | options)
+
+    def plot(self) -> go.Figure:
+        """Its tokens over time, the gaps between them and the percentiles, as a plotly figure."""
+        return self.summary().plot()
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per request that ended; times in seconds, arrival since the beginning."""
+        import pandas as pd
+
+        return pd.DataFrame([self._row(one) for one in self._ended]).rename_axis("request")
+
+    def diff(self, other: Experiment) -> Difference:
+        """This experiment beside another: latency, ratios, intervals, outputs.
+
+        Raises:
+            OptionError: ``other`` is none, or one of the two has no request that succeeded.
+        """
+        from inferkit.experiments.difference import Difference
+
+        return Difference(self, other)
+
+    # -- writing --------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write it to a file, whole or not at all.
+
+        Args:
+            path: Of the file; ``.json`` is usual.
+            overwrite: Replace a file that is there.
+
+        Raises:
+            OptionError: There is a file already, or no folder for it.
+            ExperimentError: It cannot be written.
+        """
+        target = Path(path).expanduser()
+        try:
+            files.write(self.file, target, overwrite=overwrite)
+        except OSError as error:
+            raise ExperimentError(
+                f"{target} cannot be written ({error.strerror or error}); nothing is lost: save it "
+                "elsewhere with .save(path)."
+            ) from None
+        return target
+
+    # -- shown ----------------------------------------------------------------------------------
+
+    @property
+    def _ended(self) -> list[RequestEntry]:
+        return [one for one in self.file.requests if one.finish_reason is not None]
+
+    def _row(self, one: RequestEntry) -> dict[str, Any]:
+        gen = generation_of(one)
+        names = ("queue", "ttft", "tpot", "e2e")
+        return {
+            "model": self.file.models[one.model].name,
+            "quantization": gen.settings.quantization,
+            "batching": gen.settings.batching,
+            "max_batch": gen.settings.max_batch,
+            "prompt": gen.prompt,
+            "text": gen.text,
+            "finish_reason": gen.finish_reason,
+            "prompt_tokens": one.prompt_tokens,
+            "output_tokens": gen.latency.output_tokens,
+            "arrival": one.arrival * NS,
+            **{name: getattr(gen.latency, name) for name in names},
+        }
+
+    @cached_property
+    def _header(self) -> tuple[str, ...]:
+        return ("model", "mode", "prompt", "text", "finish", "tokens", "TTFT ms", "TPOT ms")
+
+    def _rows(self) -> Sequence[Sequence[object]]:
+        rows = []
+        for one in self._ended[:_SHOWN]:
+            row = self._row(one)
+            left_out = f"{one.prompt_tokens} tokens"
+            rows.append(
+                (
+                    row["model"],
+                    row["quantization"],
+                    one_line(row["prompt"] or left_out, 32),
+                    one_line(row["text"], 48) or "-",
+                    row["finish_reason"],
+                    row["output_tokens"],
+                    *("-" if row[n] is None else f"{1e3 * row[n]:.1f}" for n in ("ttft", "tpot")),
+                )
+            )
+        return rows
+
+    def _caption(self) -> str:
+        ended, all_of_them = len(self._ended), len(self.file.requests)
+        count = (
+            f"{ended} requests" if ended == all_of_them else f"{ended} of {all_of_them} requests"
+        )
+        return f"Experiment {self.name!r}: {count}, {self.origin}"
+
+    def _footer(self) -> str:
+        more = len(self._ended) - _SHOWN
+        rest = [f"and {more} more: .to_frame() has all"] if more > 0 else []
+        return "; ".join([*rest, *self.notes])
+
+    def __repr__(self) -> str:
+        parts = [self._caption()]
+        if self._ended:
+            parts.append(text_table(self._header, self._rows()))
+        return "\n".join(part for part in (*parts, self._footer()) if part)
+
+    def _repr_html_(self) -> str:
+        return table(self._header, self._rows(), caption=self._caption(), note=self._footer())
+
+
+def open_experiment(path: str | os.PathLike[str]) -> Experiment:
+    """Read an experiment; also one that was not brought to its end, as far as its journal goes.
+
+    Neither the model nor the hardware is needed to look at it. Everything it shows says where and
+    when it was recorded; `inferkit.replay` measures it here and now.
+
+    Raises:
+        ExperimentError: There is no such file; it is damaged, of a later version, or something
+            else.
+    """
+    file = files.read(path)
+    for number, one in enumerate(file.requests):
+        try:
+            generation_of(one)
+        except (OptionError, TypeError) as error:
+            raise ExperimentError(
+                f"{Path(path).name} is damaged or was edited: request {number}: {error}"
+            ) from None
+    return Experiment(file, Path(path).expanduser())
+
+
+def generation_of(one: RequestEntry) -> Generation:
+    """A recorded request as the Generation that it gave."""
+    known = {f.name for f in fields(SamplingParams)}
+    options = {name: value for name, value in one.params.items() if name in known}
+    return Generation(
+        prompt=one.prompt,
+        text=one.text,
+        token_ids=tuple(files.unpack(one.token_ids)),
+        prompt_token_ids=tuple(files.unpack(one.prompt_token_ids)),
+        finish_reason=one.finish_reason,  # type: ignore[arg-type]
+        stop_reason=one.stop_reason,
+        latency=Latency(trace_of(one)),
+        params=SamplingParams.of(options),
+        seed=one.seed,
+        settings=Settings(**one.settings),
+        error=_error(one),
+    )
+
+
+def trace_of(one: RequestEntry) -> Trace:
+    """When everything happened to a recorded request, in ns since the beginning."""
+    return Trace(
+        arrival=one.arrival,
+        scheduled=one.scheduled,
+        tokens=tuple(files.unpack(one.tokens)),
+        finished=one.finished,
+        prompt_tokens=one.prompt_tokens,
+        cached_tokens=one.cached_tokens,
+        ok=one.finish_reason in (None, "stop", "length"),
+        finish_reason=one.finish_reason,
+        chunks=None if one.chunks is None else tuple(files.unpack(one.chunks)),
+    )
+
+
+def _error(one: RequestEntry) -> InferkitError | None:
+    if one.error is None:
+        return None
+    name, message = [*one.error, "", ""][:2]
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, GenerationError):
+        return kind(message)
+    return GenerationError(message)
+
+
+open = open_experiment  # what it is called in the package

@@ -1,0 +1,565 @@
+"""The file of an experiment: what is in it, written as it happens and whole at the end.
+
+The structures below are the format; its JSON Schema, ``schemas/experiment-1.json``, is made of
+them. While an experiment is recorded, a journal beside the file (``.partial``) gets a line for
+whatever happens, so that a crash loses the last moment at most; at the end the file itself is
+written beside it and put in its place at once, and the journal removed. `read` takes either.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import itertools
+import os
+import re
+import sys
+import zlib
+from array import array
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path, PurePath
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+
+from inferkit.errors import ExperimentError, OptionError
+
+FORMAT = "inferkit-experiment"
+VERSION = 1
+"""Goes up when a reader of this version could not read the file; readers take all up to theirs."""
+
+PARTIAL = ".partial"
+"""What the name of an unfinished experiment's journal has at its end."""
+
+_PLAIN = 32  # so many numbers are written as they are
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """Many whole numbers: the first, and from then on differences, as int64 in little-endian order.
+
+    Attributes:
+        n: How many.
+        zlib: Their bytes, compressed by zlib (RFC 1950), in base64 (RFC 4648).
+    """
+
+    n: int
+    zlib: str
+
+
+Ints = list[int] | Packed
+
+
+class Entry(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The base of what is in the file."""
+
+
+class ModelEntry(Entry):
+    """A model that requests ran on.
+
+    Attributes:
+        name: What it was loaded as.
+        ref: The reference it was loaded by; of a path only the last part.
+        kind: "hub", "folder", "gguf" or "demo".
+        revision: Commit of a hub model.
+        files: Hex sha256 by file name; empty where they were not hashed.
+        devices: Canonical names.
+        dtype: torch's name of the dtype.
+        prefix_reuse: As it was loaded.
+        prefill_chunk: As it was loaded.
+        parameters_bytes: Bytes of the weights at the beginning.
+    """
+
+    name: str
+    ref: str
+    kind: str
+    revision: str | None = None
+    files: dict[str, str] = {}
+    devices: list[str] = []
+    dtype: str = ""
+    prefix_reuse: bool = True
+    prefill_chunk: int | None = None
+    parameters_bytes: int | None = None
+
+
+class ModeEntry(Entry):
+    """What a model ran as from a moment on.
+
+    Attributes:
+        time: ns since the beginning.
+        model: Its number in ``models``.
+        quantize: The mode: "none", "nf4", ...
+        format: The mode with its details, as inferkit writes it.
+        double_quant: Of a 4-bit mode.
+        compute_dtype: Of a 4-bit mode; "auto" is the model's.
+        batching: The policy.
+        max_batch: Most requests at once.
+        context: Most tokens of prompt and output.
+        step: "compiled" or "eager".
+    """
+
+    time: int
+    model: int
+    quantize: str
+    format: str
+    batching: str
+    max_batch: int
+    context: int
+    step: str
+    double_quant: bool = False
+    compute_dtype: str = "auto"
+
+
+class RequestEntry(Entry):
+    """A request: what was asked, what came and when. Times are ns since the beginning.
+
+    Attributes:
+        model: Its number in ``models``.
+        mode: The number in ``modes`` of what it began under.
+        prompt: Text; None where token ids were given, or it was left out.
+        prompt_token_ids: Empty where prompts were left out.
+        prompt_tokens: How many there were.
+        params: Sampling parameters, by their names in inferkit.
+        seed: The seed in force.
+        token_ids: Output tokens; empty where prompts were left out.
+        text: Their text.
+        text_ends: Characters of the text that were there after each token.
+        finish_reason: "stop", "length", "cancelled", "error"; None: it was on its way at the end.
+        stop_reason: The stop string or token id that ended it.
+        error: Kind and message.
+        settings: Model, device, dtype and mode that it ran under.
+        arrival: When it was submitted.
+        scheduled: When the first step that it took part in began.
+        tokens: When each output token was emitted.
+        chunks: When each chunk of output arrived, where a chunk may hold several tokens or none,
+            and tokens of a chunk stand at its time; None: one per token; []: not known.
+        finished: When the engine was done with it.
+        cached_tokens: Prompt tokens whose KV cache was there.
+    """
+
+    model: int
+    mode: int
+    arrival: int
+    prompt_tokens: int
+    params: dict[str, Any]
+    seed: int
+    settings: dict[str, Any]
+    prompt: str | None = None
+    prompt_token_ids: Ints = []
+    token_ids: Ints = []
+    text: str = ""
+    text_ends: Ints = []
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: list[str] | None = None
+    scheduled: int | None = None
+    tokens: Ints = []
+    chunks: Ints | None = None
+    finished: int | None = None
+    cached_tokens: int = 0
+
+
+class DeviceEntry(Entry):
+    """A device: see `inferkit.devices.Device`; ``driver`` is the version of its driver."""
+
+    name: str
+    kind: str
+    description: str
+    total: int
+    bf16: bool
+    driver: str | None = None
+
+
+class Environment(Entry):
+    """Where it ran. No names of users, hosts or folders.
+
+    Attributes:
+        packages: Versions by distribution name.
+        python: Version.
+        system: Name and release of the operating system, and the machine's architecture.
+        cpu: Model name of the processor.
+        cores: Physical cores; None where the system does not say.
+        processors: Logical processors that the process may use.
+        threads: What torch computes with.
+        memory: Bytes, no more than the container allows.
+        devices: What was attached.
+        commit: git commit of the working directory.
+        uncommitted: Whether tracked files had changes.
+        notebook: Name of the notebook's file.
+    """
+
+    packages: dict[str, str] = {}
+    python: str = ""
+    system: str = ""
+    cpu: str = ""
+    cores: int | None = None
+    processors: int | None = None
+    threads: int | None = None
+    memory: int | None = None
+    devices: list[DeviceEntry] = []
+    commit: str | None = None
+    uncommitted: bool | None = None
+    notebook: str | None = None
+
+
+class ExperimentFile(Entry):
+    """The whole file.
+
+    Attributes:
+        format: Always "inferkit-experiment".
+        version: Of the format.
+        name: What the experiment is called.
+        created: When it began, ISO 8601, UTC.
+        source: What measured it: "inferkit", or the tool whose file was imported.
+        duration: ns; None where it was not brought to its end.
+        redacted: Whether prompts and outputs were left out.
+        notes: What a reader should know, in words.
+        environment: Where it ran.
+        models: What ran.
+        modes: What each model ran as, in order of time.
+        requests: In order of arrival.
+    """
+
+    name: str
+    created: str
+    environment: Environment
+    format: str = FORMAT
+    version: int = VERSION
+    source: str = "inferkit"
+    duration: int | None = None
+    redacted: bool = False
+    notes: list[str] = []
+    models: list[ModelEntry] = []
+    modes: list[ModeEntry] = []
+    requests: list[RequestEntry] = []
+
+
+# -- lines of the journal -------------------------------------------------------------------------
+
+
+class Line(msgspec.Struct, tag_field="type", omit_defaults=True):
+    """The base of a line of the journal."""
+
+
+class Began(Line, tag="experiment"):
+    """The first line: the file as it is before anything happened."""
+
+    file: ExperimentFile
+
+
+class NewModel(Line, tag="model"):
+    """A model has joined."""
+
+    entry: ModelEntry
+
+
+class NewMode(Line, tag="mode"):
+    """A model changed."""
+
+    entry: ModeEntry
+
+
+class NewRequest(Line, tag="request"):
+    """A request was submitted."""
+
+    entry: RequestEntry
+
+
+class Progress(Line, tag="tokens"):
+    """A request has got further: what is new, and all that its end tells."""
+
+    request: int
+    token_ids: list[int] = []
+    tokens: list[int] = []
+    text_ends: list[int] = []
+    text: str = ""
+    facts: dict[str, Any] = {}
+
+
+class Ended(Line, tag="end"):
+    """The experiment was brought to its end; only where the file itself could not be written."""
+
+    duration: int
+    models: list[ModelEntry]
+    notes: list[str]
+
+
+_LINES = Began | NewModel | NewMode | NewRequest | Progress | Ended
+
+
+def apply(file: ExperimentFile, line: Line) -> None:
+    """Make a file say what a line of its journal says."""
+    match line:
+        case NewModel(entry):
+            file.models.append(entry)
+        case NewMode(entry):
+            file.modes.append(entry)
+        case NewRequest(entry):
+            file.requests.append(entry)
+        case Progress(number):
+            entry = file.requests[number]
+            for name in ("token_ids", "tokens", "text_ends"):
+                getattr(entry, name).extend(getattr(line, name))
+            entry.text += line.text
+            for name, value in line.facts.items():
+                setattr(entry, name, value)
+        case Ended(duration):
+            file.duration, file.models, file.notes = duration, line.models, line.notes
+
+
+# -- numbers --------------------------------------------------------------------------------------
+
+
+def pack(values: Sequence[int]) -> Ints:
+    """Numbers as the file has them: plain where they are few."""
+    if isinstance(values, Packed):
+        return values
+    if len(values) <= _PLAIN:
+        return list(values)
+    steps = array("q", [values[0], *(b - a for a, b in itertools.pairwise(values))])
+    if sys.byteorder == "big":
+        steps.byteswap()
+    return Packed(len(values), base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode())
+
+
+def unpack(values: Ints) -> list[int]:
+    """The numbers themselves.
+
+    Raises:
+        ExperimentError: They are damaged.
+    """
+    if isinstance(values, list):
+        return values
+    try:
+        # No more than what was promised: a small text can unpack to gigabytes.
+        inflate = zlib.decompressobj()
+        raw = inflate.decompress(base64.b64decode(values.zlib, validate=True), 8 * values.n + 1)
+        steps = array("q", raw)
+    except (ValueError, zlib.error) as error:
+        raise ExperimentError(f"a list of numbers is damaged: {error}") from None
+    if len(steps) != values.n:
+        raise ExperimentError(f"a list of {values.n} numbers holds {len(steps)}")
+    if sys.byteorder == "big":
+        steps.byteswap()
+    return list(itertools.accumulate(steps))
+
+
+_NUMBERS = ("prompt_token_ids", "token_ids", "text_ends", "tokens", "chunks")
+
+
+def _with_numbers(file: ExperimentFile, convert: Any) -> ExperimentFile:
+    def entry(one: RequestEntry) -> RequestEntry:
+        given = ((name, getattr(one, name)) for name in _NUMBERS)
+        return msgspec.structs.replace(one, **{n: convert(v) for n, v in given if v is not None})
+
+    return msgspec.structs.replace(file, requests=[entry(one) for one in file.requests])
+
+
+# -- reading and writing --------------------------------------------------------------------------
+
+
+def encode(file: ExperimentFile) -> bytes:
+    """The bytes of the file: JSON, a line for each request."""
+    packed = msgspec.to_builtins(_with_numbers(file, pack))
+    requests = packed.pop("requests", [])
+    packed = {"format": file.format, "version": file.version, **packed}
+    head = msgspec.json.format(msgspec.json.encode(packed), indent=1).rstrip()
+    head = head.removesuffix(b"}").rstrip()
+    body = b",\n  ".join(msgspec.json.encode(one) for one in requests)
+    return head + b',\n "requests": [\n  ' + body + b"\n ]\n}\n"
+
+
+def decode(data: bytes, where: str) -> ExperimentFile:
+    """Read what `encode` wrote, now or in an earlier version.
+
+    Args:
+        data: The bytes.
+        where: What messages call the file.
+
+    Raises:
+        ExperimentError: It is none, truncated, edited into nonsense, or of a later version.
+    """
+    try:
+        head = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise ExperimentError(
+            f"{where} is no JSON, or was cut off ({error}). If it is a download, get it again."
+        ) from None
+    if not isinstance(head, dict) or head.get("format") != FORMAT:
+        raise ExperimentError(
+            f'{where} is no experiment of inferkit\'s: it lacks "format": "{FORMAT}".'
+        )
+    version = head.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ExperimentError(f"{where} says version {version!r} of its format, which is none.")
+    if version > VERSION:
+        raise ExperimentError(
+            f"{where} is of version {version} of the format, and this inferkit reads up to "
+            f"{VERSION}: upgrade it with pip install -U jupyter-inferkit."
+        )
+    try:
+        file = _with_numbers(msgspec.convert(head, ExperimentFile), unpack)
+        _check(file)
+    except (msgspec.ValidationError, ExperimentError) as error:
+        raise ExperimentError(f"{where} is damaged or was edited: {error}") from None
+    return file
+
+
+def _check(file: ExperimentFile) -> None:
+    """What the types alone do not say."""
+    try:
+        datetime.fromisoformat(file.created)
+    except ValueError:
+        raise ExperimentError(f"created is {file.created!r}, which is no ISO 8601 time") from None
+    for number, mode in enumerate(file.modes):
+        if not 0 <= mode.model < len(file.models):
+            raise ExperimentError(f"mode {number} is of model {mode.model}, which is not there")
+    for number, one in enumerate(file.requests):
+        if not 0 <= one.model < len(file.models):
+            raise ExperimentError(f"request {number} is of model {one.model}, which is not there")
+        if not 0 <= one.mode < len(file.modes):
+            raise ExperimentError(f"request {number} is of mode {one.mode}, which is not there")
+        ids, ends, times = (len(unpack(x)) for x in (one.token_ids, one.text_ends, one.tokens))
+        if not {ids, ends} <= {0, times}:
+            raise ExperimentError(f"request {number} has {ids} tokens and {times} times")
+
+
+def read(path: str | os.PathLike[str]) -> ExperimentFile:
+    """Read an experiment, or the journal of one that was not brought to its end.
+
+    Raises:
+        ExperimentError: There is none, or it cannot be read.
+    """
+    path = Path(path).expanduser()
+    journal = path if path.name.endswith(PARTIAL) else path.with_name(path.name + PARTIAL)
+    try:
+        if path != journal and path.exists():
+            return decode(path.read_bytes(), path.name)
+        if journal.exists():
+            return _read_journal(journal)
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror or error}.") from None
+    raise ExperimentError(f"There is no file {path}. ik.record(...) makes one.")
+
+
+def _read_journal(path: Path) -> ExperimentFile:
+    decoder = msgspec.json.Decoder(_LINES)
+    file = None
+    for raw in path.read_bytes().splitlines():
+        try:
+            line = decoder.decode(raw)
+            if file is None:
+                assert isinstance(line, Began)
+                file = line.file
+            else:
+                apply(file, line)
+        except (msgspec.DecodeError, AssertionError, IndexError, AttributeError):
+            break  # the last line of a process that was killed, and what a bad disk made of others
+    if file is None:
+        raise ExperimentError(f"{path.name} has no beginning: nothing of it can be read.")
+    if file.duration is None:
+        file.notes.append("It was not brought to its end: this is what its journal has.")
+    _check(file)
+    return file
+
+
+def write(file: ExperimentFile, path: Path, *, overwrite: bool = False) -> None:
+    """Write the whole file beside its place, and put it there at once.
+
+    Raises:
+        OptionError: There is a file already.
+        OSError: It cannot be written; what was there before is as it was.
+    """
+    data = encode(file)
+    check_free(path, overwrite)
+    write_bytes(data, path)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Write a file whole or not at all: beside its place, and put there at once.
+
+    Raises:
+        OSError: It cannot be written; what was there before is as it was.
+    """
+    # Opened as any new file is, for its permissions; tempfile's are its owner's alone.
+    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    try:
+        with beside.open("xb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise OptionError where a file is there already, or no folder to put it in."""
+    if not path.parent.is_dir():
+        raise OptionError(f"There is no folder {path.parent} to write {path.name} to: make it.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OptionError(f"{path} exists already: choose another name, or say overwrite=True.")
+
+
+def public_name(name: str) -> str:
+    """A model's name or reference without the folders on the way to it, which tell of people."""
+    looks_local = name.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
+    return PurePath(name.replace("\\", "/")).name or "model" if looks_local else name
+
+
+class Journal:
+    """Lines on their way to the disk.
+
+    Args:
+        path: Of the experiment; the journal is beside it.
+        file: As it is before anything happened.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, file: ExperimentFile) -> None:
+        self.path = path.with_name(path.name + PARTIAL)
+        self._out: io.BufferedWriter | None = self.path.open("wb")
+        self.add([Began(file)])
+
+    def add(self, lines: Sequence[Line]) -> None:
+        """Write lines, so that they outlive this process.
+
+        Raises:
+            OSError: The disk is full, or the like; nothing is written from now on.
+        """
+        if self._out is None:
+            return
+        try:
+            for line in lines:
+                self._out.write(msgspec.json.encode(line) + b"\n")
+            self._out.flush()
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Write no more; what is written stays."""
+        out, self._out = self._out, None
+        if out is not None:
+            with contextlib.suppress(OSError):
+                out.close()
+
+    def remove(self) -> None:
+        """Take it away, for the file itself is there."""
+        self.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the file."""
+    found = msgspec.json.schema(ExperimentFile)
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    found["title"] = f"inferkit experiment, version {VERSION}"
+    return found

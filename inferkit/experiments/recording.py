@@ -1,0 +1,443 @@
+"""`record`: everything that happens to the models of this process, written down as it happens.
+
+It costs the engine nothing: whoever submits a request leaves a note, and a thread reads, four times
+a second, lists that only grow.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from inferkit import registry
+from inferkit.errors import ExperimentError, InferkitError, OptionError, first_line
+from inferkit.experiments import file as files
+from inferkit.experiments.environment import environment, scrubbed
+from inferkit.experiments.experiment import Experiment
+from inferkit.experiments.file import ExperimentFile, Line, ModeEntry, ModelEntry, RequestEntry
+from inferkit.model import Model
+from inferkit.progress import Progress
+
+if TYPE_CHECKING:
+    from inferkit.engine import Request
+
+__all__ = ["Recording", "record"]
+
+SUFFIX = ".inferkit.json"
+_TICK = 0.25  # seconds; a crash loses no more than that
+
+
+def record(
+    name: str,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    redact: bool = False,
+    overwrite: bool = False,
+    progress: Progress = True,
+) -> Recording:
+    """Record all requests to all models, and every change of mode, until the end of the block.
+
+        with ik.record("nf4 against bf16") as exp:
+            model.generate("Once upon a time")
+        exp.summary()
+
+    Requests submitted meanwhile count, whoever submits them: cells, magics, the panel. The file is
+    written as it happens (its journal; see `inferkit.open`) and whole at the end. It has prompts
+    and outputs with token ids, times, models with sha256 of their files, versions, hardware, git
+    commit and the notebook's name; no environment variables, user names or folders.
+
+    Args:
+        name: What to call it.
+        path: The file; None for one in the working directory that is called by the name.
+        redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
+        overwrite: Replace a file that is there.
+        progress: Show a bar while the model's files are hashed, or call this with (what, done,
+            total).
+
+    Raises:
+        OptionError: There is a file already, no folder for it, or no name.
+        ExperimentError: The file cannot be written.
+    """
+    return Recording(name, _path(name, path), redact, overwrite, progress)
+
+
+def _path(name: str, path: str | os.PathLike[str] | None) -> Path:
+    if not isinstance(name, str) or not name.strip():
+        raise OptionError(f"name={name!r}: give a word to call the experiment by.")
+    if path is None:
+        return Path(re.sub(r"[^\w.-]+", "-", name.strip()) + SUFFIX)
+    return Path(path).expanduser()
+
+
+@dataclass(slots=True, eq=False)
+class _Followed:
+    """A request, its number in the file, and how much of it is written."""
+
+    request: Request
+    number: int
+    tokens: int = 0
+    text: int = 0
+    scheduled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """What whoever submitted requests has left."""
+
+    model: int
+    requests: tuple[Request, ...]
+    mode: dict[str, Any] | None
+    time: int
+
+
+class Recording:
+    """An experiment under way: a context manager, or `start` and `stop`.
+
+    Args:
+        name: Of the experiment.
+        path: Of its file; None writes none.
+        redact: Leave out prompts and outputs.
+        overwrite: Replace a file that is there.
+        progress: Show a bar while files are hashed.
+
+    Attributes:
+        experiment: What was recorded so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: Path | None,
+        redact: bool = False,
+        overwrite: bool = False,
+        progress: Progress = True,
+    ) -> None:
+        self._path, self._overwrite, self._progress = path, overwrite, progress
+        self._redact = redact
+        if path is not None:
+            self._check_free(path)
+        file = ExperimentFile(name=name, created=_now(), environment=environment(), redacted=redact)
+        self.experiment = Experiment(file, path, fresh=True)
+        self._file = file
+        self._journal: files.Journal | None = None
+        self._notes: deque[_Note] = deque()
+        self._models: list[Model] = []
+        self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
+        self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
+        self._live: list[_Followed] = []
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._epoch = 0
+        self._pid = os.getpid()
+
+    @property
+    def running(self) -> bool:
+        """Whether it records."""
+        return self._thread is not None and not self._ended.is_set()
+
+    def __enter__(self) -> Experiment:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._file.notes.append(f"It ended with {type(error).__name__}.")
+        self.stop()
+
+    def start(self) -> Experiment:
+        """Begin.
+
+        Raises:
+            OptionError: It has begun before.
+            ExperimentError: The file cannot be written.
+        """
+        if self._thread is not None:
+            raise OptionError("A recording begins once: ik.record(...) makes another.")
+        self._file.created = _now()
+        self._epoch = time.perf_counter_ns()
+        if self._path is not None:
+            try:
+                self._journal = files.Journal(self._path, self._file)
+            except OSError as error:
+                raise ExperimentError(
+                    f"{self._path} cannot be written ({error.strerror or error}): give another "
+                    "path=."
+                ) from None
+        registry.on_load.append(self._joined)
+        self._hooks.append((registry.on_load, self._joined))
+        for model in registry.models():
+            self._joined(model)
+        self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
+        self._thread.start()
+        return self.experiment
+
+    def stop(self) -> Experiment:
+        """End it, and write the file. Safe to call twice.
+
+        What could not be written is in the experiment all the same, and a warning says so.
+        """
+        if self._thread is None or self._ended.is_set() or os.getpid() != self._pid:
+            return self.experiment
+        self._ended.set()
+        for listeners, hook in self._hooks:
+            if hook in listeners:
+                listeners.remove(hook)
+        self._thread.join()
+        with self._lock:
+            self._collect()
+            duration = self._since(time.perf_counter_ns())
+            if self._live:
+                self._file.notes.append(f"{len(self._live)} requests had not ended when it did.")
+            try:
+                self._hash()
+            finally:
+                self._file.duration = duration
+                self._write()
+        return self.experiment
+
+    # -- hearing --------------------------------------------------------------------------------
+
+    def _joined(self, model: Model) -> None:
+        """A model is there: hear of its requests from now on."""
+        with self._lock:
+            try:
+                engine = model._engine
+            except InferkitError:  # it was unloaded in this moment
+                return
+            number = len(self._models)
+            self._models.append(model)
+            on_their_way = len(engine.requests)
+            self._tell([files.NewModel(_model_entry(model))])
+            if on_their_way:
+                self._file.notes.append(
+                    f"{on_their_way} requests to {self._file.models[number].name} were on their "
+                    "way when it began; they took part of the machine and are not in here."
+                )
+            self._changed(number, _mode(model), time.perf_counter_ns())
+            hook = partial(self._submitted, number, model)
+            engine.on_submit.append(hook)
+            self._hooks.append((engine.on_submit, hook))
+
+    def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
+        """Called by whoever submits, so it only takes note."""
+        now = time.perf_counter_ns()
+        self._notes.append(_Note(number, tuple(requests), _mode(model), now))
+
+    # -- the thread -----------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while not self._ended.wait(_TICK):
+            with self._lock:
+                self._collect()
+
+    def _collect(self) -> None:
+        """Write down what is new."""
+        while self._notes:
+            note = self._notes.popleft()
+            self._changed(note.model, note.mode, min(note.time, note.requests[0].arrival))
+            mode = self._modes[note.model][0]
+            for request in note.requests:
+                followed = _Followed(request, len(self._file.requests))
+                self._tell([files.NewRequest(self._entry(note.model, mode, request))])
+                self._live.append(followed)
+        for number, model in enumerate(self._models):
+            self._changed(number, _mode(model), time.perf_counter_ns())
+        self._tell([line for followed in self._live if (line := self._news(followed))])
+        self._live = [f for f in self._live if self._file.requests[f.number].finish_reason is None]
+
+    def _changed(self, number: int, mode: dict[str, Any] | None, now: int) -> None:
+        known = self._modes.get(number)
+        if mode is None or (known is not None and known[1] == mode):
+            return
+        self._modes[number] = (len(self._file.modes), mode)
+        entry = ModeEntry(time=self._since(now), model=number, **mode)
+        self._tell([files.NewMode(entry)])
+
+    def _news(self, followed: _Followed) -> files.Progress | None:
+        request = followed.request
+        over = request.result() if request.done else None  # before the rest: see `Watched.read`
+        new = request.tokens_since(followed.tokens)
+        followed.tokens += len(new)
+        facts: dict[str, Any] = {}
+        if request.scheduled is not None and not followed.scheduled:
+            followed.scheduled = True
+            facts |= {"scheduled": self._since(request.scheduled)}
+            facts |= {"cached_tokens": request.cached_tokens}
+            facts |= {"settings": self._settings(request)}
+        text = ""
+        if over is not None:
+            facts |= self._end(over)
+        if not self._redact:
+            whole = over.text if over is not None else "".join(request.pieces_since(0))
+            end = len(whole) if over is not None else (new[-1][2] if new else followed.text)
+            text, followed.text = whole[followed.text : end], end
+        if not (new or facts or text):
+            return None
+        ids, times, ends = (list(column) for column in zip(*new)) if new else ([], [], [])
+        return files.Progress(
+            followed.number,
+            token_ids=[] if self._redact else ids,
+            tokens=[self._since(moment) for moment in times],
+            text_ends=[] if self._redact else ends,
+            text=text,
+            facts=facts,
+        )
+
+    def _end(self, gen: Any) -> dict[str, Any]:
+        finished = gen.latency.trace.finished
+        facts = {"finish_reason": gen.finish_reason, "finished": self._since(finished)}
+        if not (self._redact and isinstance(gen.stop_reason, str)):
+            facts["stop_reason"] = gen.stop_reason
+        if gen.error is not None:
+            facts["error"] = [type(gen.error).__name__, scrubbed(str(gen.error))]
+        return facts
+
+    def _entry(self, model: int, mode: int, request: Request) -> RequestEntry:
+        params = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.params).items()
+        }
+        if self._redact:
+            del params["stop"]
+        return RequestEntry(
+            model=model,
+            mode=mode,
+            arrival=self._since(request.arrival),
+            prompt_tokens=len(request.prompt_token_ids),
+            params=params,
+            seed=request.sampler.seed,
+            settings=self._settings(request),
+            prompt=None if self._redact else request.prompt,
+            prompt_token_ids=[] if self._redact else list(request.prompt_token_ids),
+            token_ids=[],
+            text_ends=[],
+            tokens=[],
+        )
+
+    def _settings(self, request: Request) -> dict[str, Any]:
+        settings = asdict(request.settings)
+        return settings | {"model": files.public_name(settings["model"])}
+
+    def _tell(self, lines: Sequence[Line]) -> None:
+        """Put lines into the file in memory, and on the disk."""
+        for line in lines:
+            files.apply(self._file, line)
+        if self._journal is None or not lines:
+            return
+        try:
+            self._journal.add(lines)
+        except OSError as error:
+            self._journal = None
+            self._cannot_write(error)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _hash(self) -> None:
+        """The digests of the models' files; an interrupt leaves out what is not yet read."""
+        for entry, model in zip(self._file.models, self._models):
+            try:
+                entry.files = model.source.sha256(progress=self._progress)
+            except KeyboardInterrupt:
+                self._file.notes.append("Files of models were not hashed: it was interrupted.")
+                return
+            except (OSError, KeyError, InferkitError) as error:
+                self._file.notes.append(
+                    f"The files of {entry.name} could not be hashed: {scrubbed(first_line(error))}"
+                )
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        try:
+            # Of the one that is there nobody else has written since the journal began.
+            files.write(self._file, self._path, overwrite=self._overwrite)
+        except (OSError, OptionError) as error:
+            if self._journal is not None:
+                self._tell(
+                    [files.Ended(self._file.duration or 0, self._file.models, self._file.notes)]
+                )
+                self._journal_closed()
+            self._cannot_write(error)
+            return
+        if self._journal is not None:
+            self._journal.remove()
+        else:  # it could not be written on the way, and can be now
+            self._path.with_name(self._path.name + files.PARTIAL).unlink(missing_ok=True)
+
+    def _journal_closed(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+
+    def _cannot_write(self, error: OSError | OptionError) -> None:
+        what = getattr(error, "strerror", None) or str(error)
+        warnings.warn(
+            f"The experiment {self._file.name!r} is no longer recorded to {self._path}: {what} "
+            "Everything is kept in memory: exp.save(path) writes it elsewhere.",
+            stacklevel=2,
+        )
+
+    def _since(self, moment: int) -> int:
+        return max(0, moment - self._epoch)
+
+    def _check_free(self, path: Path) -> None:
+        files.check_free(path, self._overwrite)
+        journal = path.with_name(path.name + files.PARTIAL)
+        if journal.exists() and not self._overwrite:
+            raise OptionError(
+                f"{journal} is a recording that was not brought to its end, or is under way. "
+                f"ik.open({str(path)!r}) reads it; choose another name, or say overwrite=True."
+            )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _model_entry(model: Model) -> ModelEntry:
+    source, identity = model.source, model._parts.identity
+    local = source.kind in ("folder", "gguf")
+    return ModelEntry(
+        name=files.public_name(model.name),
+        ref=PurePath(str(source.ref).replace("\\", "/")).name or "model" if local else source.ref,
+        kind=source.kind,
+        revision=source.revision,
+        files={},
+        devices=list(model.devices),
+        dtype=model.dtype,
+        prefix_reuse=identity.prefix_reuse,
+        prefill_chunk=identity.prefill_chunk,
+        parameters_bytes=model.plan.weights,
+    )
+
+
+def _mode(model: Model) -> dict[str, Any] | None:
+    """What a model runs as; None where it was unloaded."""
+    try:
+        form = model.plan.format
+        return {
+            "quantize": model.quantization,
+            "format": str(form),
+            "double_quant": form.double_quant,
+            "compute_dtype": form.compute_dtype or "auto",
+            "batching": model.batching,
+            "max_batch": model.max_batch,
+            "context": model.context,
+            "step": "compiled" if model.compilation else "eager",
+        }
+    except InferkitError:
+        return None

@@ -1,0 +1,734 @@
+"""`replay`: an experiment run again on this machine, and held against what was recorded."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inferkit import catalog, registry
+from inferkit.devices import attached_names
+from inferkit.errors import ExperimentError, InferkitError, OptionError
+from inferkit.experiments.environment import environment
+from inferkit.experiments.experiment import Experiment, generation_of, open_experiment
+from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
+from inferkit.experiments.recording import Recording
+from inferkit.footprint import QUANTIZE_MODES
+from inferkit.html import one_line, table, text_table
+from inferkit.kv import PREFILL_CHUNK
+from inferkit.model import Model
+from inferkit.progress import Progress, bar
+from inferkit.resident import uninterrupted
+from inferkit.sampling import SamplingParams
+from inferkit.trace import NS
+
+if TYPE_CHECKING:
+    import torch
+
+    from inferkit.engine import Request
+    from inferkit.experiments.difference import Difference
+    from inferkit.generation import Generation
+
+__all__ = ["Outcome", "Replay", "replay"]
+
+ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+"""How far apart (in nats) two likeliest tokens may be for rounding to choose between them.
+
+For bf16 two units in the last place of a logit of 16 to 32, which is where they lie; the others in
+proportion, with room for the layers before.
+"""
+
+_PATIENCE = 600.0  # seconds to wait for the compiled step
+_TICK = 0.1
+_SCORED = 16  # differing requests of a part of the run whose logits are looked at
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one recorded request.
+
+    Attributes:
+        request: Its number in the recording.
+        recorded: What was recorded.
+        measured: What came here; None where it was not run again.
+        difference: Position of the first output token that differs; None where none does.
+        gap: By how many nats the token recorded there is less likely here than the one that came;
+            None where that was not looked at.
+        kind: "equal"; "rounding", where the gap is small enough for it; "differs"; "not run", where
+            no token was recorded to be run up to; "not compared", where outputs were left out;
+            "interrupted".
+        reason: In words.
+    """
+
+    request: int
+    recorded: Generation
+    measured: Generation | None
+    difference: int | None
+    gap: float | None
+    kind: str
+    reason: str
+
+
+class Replay:
+    """A recording beside what it gave here and now.
+
+    Attributes:
+        recorded: The experiment as it was recorded.
+        measured: The experiment as it was measured here.
+        outcomes: One per recorded request.
+        notes: What was done otherwise than in the recording.
+    """
+
+    def __init__(
+        self,
+        recorded: Experiment,
+        measured: Experiment,
+        outcomes: Sequence[Outcome],
+        notes: Sequence[str],
+    ) -> None:
+        self.recorded = recorded
+        self.measured = measured
+        self.outcomes = tuple(outcomes)
+        self.notes = tuple(notes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every request that was run again gave the recorded tokens."""
+        return self._ran and all(o.kind in ("equal", "not run") for o in self.outcomes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs that rounding does not explain."""
+        fine = ("equal", "rounding", "not run", "not compared")
+        return self._ran and all(o.kind in fine for o in self.outcomes)
+
+    @property
+    def _ran(self) -> bool:
+        return any(o.measured is not None for o in self.outcomes)
+
+    @property
+    def latency(self) -> Difference:
+        """The latency measured here beside the recorded one, with ratios and intervals.
+
+        Raises:
+            OptionError: On one of the sides no request succeeded.
+        """
+        return self.recorded.diff(self.measured)
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, in words."""
+        return " ".join(part for part in (self._said_of_tokens(), self._said_of_latency()) if part)
+
+    def _said_of_tokens(self) -> str:
+        count = {k: sum(o.kind == k for o in self.outcomes) for k in _KINDS}
+        ran = len(self.outcomes) - count["not run"] - count["interrupted"]
+        if not ran:
+            return "Nothing was run again."
+        if count["not compared"] == ran:
+            return f"{ran} requests ran again; outputs were not recorded, so only times compare."
+        said = [f"{count['equal']} of {ran} requests gave the recorded tokens"]
+        if count["rounding"]:
+            said.append(f"{count['rounding']} differ where rounding decides")
+        if count["differs"]:
+            said.append(f"{count['differs']} differ, and rounding does not explain it")
+        if count["not run"]:
+            said.append(f"{count['not run']} were not run again")
+        if count["interrupted"]:
+            said.append(f"{count['interrupted']} were interrupted")
+        head = "Reproduced" if self.exact else "Reproduced up to rounding" if self.ok else "Differs"
+        if count["interrupted"] and not count["differs"]:
+            head = "Interrupted"
+        return f"{head}: {'; '.join(said)}."
+
+    def _said_of_latency(self) -> str:
+        try:
+            found = self.latency.to_dict()["latency"]
+        except OptionError:
+            return ""
+        said = []
+        for name, label in (("ttft", "TTFT"), ("tpot", "TPOT")):
+            ratio = found.get(name, {}).get("ratio")
+            if ratio and ratio["value"] is not None:
+                low, high = ratio["low"], ratio["high"]
+                known = low is not None and high is not None
+                span = f" ({low:.2f} to {high:.2f})" if known else ""
+                said.append(f"{label} here is {ratio['value']:.2f} times the recorded one{span}")
+        return "; ".join(said) + "." if said else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data, ready for JSON; the two experiments by their names."""
+        try:
+            latency = self.latency.to_dict()
+        except OptionError:
+            latency = None
+        return {
+            "experiment": self.recorded.name,
+            "ok": self.ok,
+            "exact": self.exact,
+            "verdict": self.verdict,
+            "recorded": self.recorded.origin,
+            "measured": self.measured.origin,
+            "notes": list(self.notes),
+            "outcomes": [
+                {
+                    "request": o.request,
+                    "kind": o.kind,
+                    "difference": o.difference,
+                    "gap": o.gap,
+                    "reason": o.reason,
+                }
+                for o in self.outcomes
+            ],
+            "latency": latency,
+        }
+
+    def plot(self) -> Any:
+        """Both sides' latency as a plotly figure."""
+        return self.latency.plot()
+
+    _HEADER = ("request", "prompt", "outcome", "from token", "why")
+
+    def _rows(self) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
+        # What differs first.
+        for o in sorted(self.outcomes, key=lambda o: _KINDS.index(o.kind)):
+            prompt = o.recorded.prompt or f"{o.recorded.latency.prompt_tokens} tokens"
+            where = "-" if o.difference is None else o.difference
+            rows.append((o.request, one_line(prompt, 32), o.kind, where, o.reason))
+        return rows[:_SHOWN]
+
+    def _caption(self) -> str:
+        return f"Replay of {self.recorded.name!r}: {self.recorded.origin}; measured here and now"
+
+    def _footer(self) -> str:
+        more = len(self.outcomes) - _SHOWN
+        rest = [f"and {more} more, in .outcomes"] if more > 0 else []
+        return "; ".join([*rest, *self.notes])
+
+    def __repr__(self) -> str:
+        parts = [self._caption(), self.verdict, text_table(self._HEADER, self._rows())]
+        with suppress(OptionError):
+            parts.append(repr(self.latency))
+        return "\n".join(part for part in (*parts, self._footer()) if part)
+
+    def _repr_html_(self) -> str:
+        caption = f"{self._caption()}. {self.verdict}"
+        shown = table(self._HEADER, self._rows(), caption=caption, note=self._footer())
+        try:
+            return shown + self.latency._repr_html_()
+        except OptionError:
+            return shown
+
+
+_KINDS = ("differs", "rounding", "interrupted", "not run", "not compared", "equal")
+
+
+def replay(
+    experiment: Experiment | str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+    device: Any = None,
+    dtype: str | None = None,
+    pause: float = 1.0,
+    check_files: bool = True,
+    progress: Progress = True,
+) -> Replay:
+    """Run an experiment again on this machine, and compare tokens and latency.
+
+    The same prompts arrive in the same order at the same distances, under the same modes. Where the
+    recording was idle or the mode was changed, what comes next waits until that is reached here
+    too, so that a slower machine does not turn requests that followed each other into requests that
+    compete; longer waits of the recording, while a person thought, are cut to ``pause``. A request
+    that was cancelled is run up to the token where it was. Where prompts were left out, random
+    tokens take their place, as many, and only times are compared.
+
+    A model that is loaded from the same files is used, and has its settings back afterwards; else
+    it is loaded for the time. An interrupt ends the run and keeps what has been measured.
+
+    Args:
+        experiment: An experiment, or the path of one.
+        model: Where the model is, if not under the recorded reference; for several, by name.
+        device: Where to load it, as for `inferkit.load`; None for the recorded devices where they
+            are attached, else "auto".
+        dtype: To run in; None for the recorded one.
+        pause: Most seconds that nothing happens.
+        check_files: Refuse a model whose files have other digests than those recorded.
+        progress: Show bars, or call this with (what, done, total).
+
+    Raises:
+        ExperimentError: The file cannot be read, has no requests or was measured by another tool;
+            the model is not there; or its files have other digests.
+        InferkitError: As for `inferkit.load` and `Model.quantize`, where it does not fit or does
+            not run here.
+    """
+    recorded = experiment if isinstance(experiment, Experiment) else open_experiment(experiment)
+    if not isinstance(pause, int | float) or isinstance(pause, bool) or not pause >= 0:
+        raise OptionError(f"pause={pause!r}: give seconds, 0 or more.")
+    _check_can_run(recorded)
+    run = _Run(recorded, device, dtype, float(pause), progress)
+    with ExitStack() as stack:
+        for number in sorted({one.model for one in recorded.file.requests}):
+            entry = recorded.file.models[number]
+            source = _find(entry, model, len(recorded.file.models), check_files, progress)
+            run.models[number] = stack.enter_context(run.loaded(number, entry, source))
+        return run.replay()
+
+
+def _check_can_run(recorded: Experiment) -> None:
+    if recorded.file.source != "inferkit":
+        raise ExperimentError(
+            f"{recorded.name!r} was measured by {recorded.file.source}: it can be looked at and "
+            "compared, and not run again, for its requests lack their sampling parameters."
+        )
+    if not recorded.file.requests:
+        raise ExperimentError(f"The experiment {recorded.name!r} has no requests to run again.")
+
+
+def _find(
+    entry: ModelEntry,
+    given: Any,
+    models: int,
+    check_files: bool,
+    progress: Progress,
+) -> catalog.Source:
+    """The files of a recorded model, which must be those that it had."""
+    ref = given.get(entry.name) if isinstance(given, Mapping) else given
+    if ref is not None and not isinstance(given, Mapping) and models > 1:
+        raise OptionError(
+            f"The experiment has {models} models: give model={{{entry.name!r}: ..., ...}}."
+        )
+    local = entry.kind in ("folder", "gguf")
+    if ref is None and local:
+        # The file names no folders: a loaded model of that name may be it, as its digests tell.
+        loaded = (m for m in registry.models() if m.source.kind == entry.kind)
+        ref = next((m.ref for m in loaded if Path(m.ref).name == entry.ref), None)
+    if ref is None and local and not Path(entry.ref).exists():
+        kind = "file" if entry.kind == "gguf" else "folder"
+        raise ExperimentError(
+            f"The model {entry.ref!r} was loaded from a {kind} of the machine that recorded it: "
+            "say where it is here, as replay(..., model='path')."
+        )
+    revision = entry.revision if ref is None else None
+    source = catalog.resolve(entry.ref if ref is None else ref, revision, progress=progress)
+    if check_files and entry.files:
+        _check_files(entry, source.sha256(progress=progress))
+    return source
+
+
+def _check_files(entry: ModelEntry, found: Mapping[str, str]) -> None:
+    # What was converted may be written otherwise by another version; what it came from may not.
+    kept = {n: d for n, d in entry.files.items() if n.endswith(".gguf")} or entry.files
+    other = [name for name, digest in kept.items() if found.get(name) != digest]
+    if other:
+        missing = [name for name in other if name not in found]
+        what = "are not there" if len(missing) == len(other) else "have another sha256"
+        raise ExperimentError(
+            f"This is not the model that was recorded as {entry.name!r}: {', '.join(other[:4])} "
+            f"{what}. Name the right one with model=, or run with check_files=False to compare "
+            "with another."
+        )
+
+
+# -- the run --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Part:
+    """What happens between two moments when nothing is on its way.
+
+    Attributes:
+        begin: Recorded ns of its first requests.
+        before: What each model is to be by then.
+        events: Requests that arrive together, and changes among them, in order of time.
+        idle: Recorded ns of nothing before it.
+    """
+
+    begin: int
+    before: list[ModeEntry] = field(default_factory=list)
+    events: list[tuple[int, list[int] | ModeEntry]] = field(default_factory=list)
+    idle: int = 0
+
+
+def _parts(recorded: Experiment) -> list[_Part]:
+    """The recording, cut where it was idle and where a mode was changed meanwhile."""
+    file = recorded.file
+    used = {one.model for one in file.requests}
+    arrivals = groupby(range(len(file.requests)), key=lambda i: file.requests[i].arrival)
+    events: list[tuple[int, int, Any]] = [(m.time, 0, m) for m in file.modes if m.model in used]
+    events += [(moment, 1, list(numbers)) for moment, numbers in arrivals]
+    parts: list[_Part] = []
+    modes: dict[int, ModeEntry] = {}
+    busy_until = 0
+    for moment, _, event in sorted(events, key=lambda e: e[:2]):
+        idle = moment >= busy_until
+        if isinstance(event, ModeEntry):
+            modes[event.model] = event
+            if not idle:
+                parts[-1].events.append((moment, event))
+            continue
+        if idle:
+            pause = moment - busy_until if parts else 0
+            parts.append(_Part(moment, before=list(modes.values()), idle=pause))
+        parts[-1].events.append((moment, event))
+        busy_until = max(busy_until, *(_end(file.requests[i]) for i in event))
+    return parts
+
+
+def _end(one: RequestEntry) -> int:
+    tokens = unpack(one.tokens)
+    return one.finished or (tokens[-1] if tokens else one.arrival)
+
+
+class _Run:
+    """One replay under way."""
+
+    def __init__(
+        self, recorded: Experiment, device: Any, dtype: str | None, pause: float, progress: Progress
+    ) -> None:
+        self.recorded = recorded
+        self.models: dict[int, Model] = {}
+        self.notes: list[str] = []
+        self._device, self._dtype = device, dtype
+        self._pause, self._progress = pause, progress
+        self._requests: dict[int, Request] = {}
+        self._gaps: dict[int, float] = {}
+        self._failure: InferkitError | None = None
+
+    @contextmanager
+    def loaded(self, number: int, entry: ModelEntry, source: catalog.Source) -> Iterator[Model]:
+        """The model: as it is loaded already, or for the time of the replay."""
+        mine = next((m for m in registry.models() if _is(m, source, entry, self._dtype)), None)
+        if mine is not None and self._device is None:
+            self.notes.append(f"{entry.name} ran on the model that was loaded already")
+            with _as_it_was(mine, self._progress):
+                yield mine
+            return
+        mode = next(m for m in self.recorded.file.modes if m.model == number)
+        device = self._device or self._attached(entry)
+        model = registry.load(
+            source.gguf or (source.ref if source.kind in ("demo", "hub") else source.path),
+            device=device,
+            dtype=self._dtype or entry.dtype or "auto",
+            quantize=mode.quantize if mode.quantize in QUANTIZE_MODES else "none",
+            double_quant=mode.double_quant,
+            compute_dtype=mode.compute_dtype,
+            batching=mode.batching,  # type: ignore[arg-type]
+            max_batch=mode.max_batch,
+            context=mode.context,
+            revision=source.revision,
+            name=f"replay of {entry.name}",
+            prefix_reuse=entry.prefix_reuse,
+            prefill_chunk=entry.prefill_chunk or PREFILL_CHUNK,
+            compile=False,
+            progress=self._progress,
+        )
+        try:
+            yield model
+        finally:
+            model.unload()
+
+    def _attached(self, entry: ModelEntry) -> Any:
+        there = {*attached_names(), "disk"}
+        if entry.devices and there.issuperset(entry.devices):
+            return entry.devices
+        self.notes.append(
+            f"{entry.name} was recorded on {', '.join(entry.devices)}, which is not attached here"
+        )
+        return "auto"
+
+    def replay(self) -> Replay:
+        """Run all parts, one after the other."""
+        recording = Recording(f"replay of {self.recorded.name}", None)
+        parts = _parts(self.recorded)
+        interrupted = False
+        for model in self.models.values():
+            model._parts.forget_prefixes()
+        for mode in parts[0].before:
+            self._become(mode)  # before the clock runs
+        measured = recording.start()
+        try:
+            with bar(self._progress, "Replaying", len(self._to_run), unit="requests") as shown:
+                for number, part in enumerate(parts):
+                    self._part(part, shown, first=number == 0)
+        except KeyboardInterrupt:
+            interrupted = True
+            self.notes.append("it was interrupted: what follows was not run")
+        finally:
+            for request in self._requests.values():
+                request.cancel()
+            for request in self._requests.values():
+                request.result()
+            recording.stop()
+        outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
+        if interrupted:
+            outcomes = [_unfinished(o) for o in outcomes]
+        return Replay(self.recorded, measured, outcomes, self.notes)
+
+    @property
+    def _to_run(self) -> list[int]:
+        return [i for i in range(len(self.recorded.file.requests)) if self._runs(i)]
+
+    def _runs(self, number: int) -> bool:
+        one = self.recorded.file.requests[number]
+        return one.finish_reason in ("stop", "length", "error") or bool(unpack(one.tokens))
+
+    def _part(self, part: _Part, shown: Any, *, first: bool) -> None:
+        if not first:
+            for mode in part.before:
+                self._become(mode)
+            _sleep(min(part.idle * NS, self._pause))
+        began = time.perf_counter_ns()
+        mine: list[int] = []
+        changes: list[threading.Thread] = []
+        for moment, event in part.events:
+            _sleep((moment - part.begin) * NS - (time.perf_counter_ns() - began) * NS)
+            if isinstance(event, ModeEntry):
+                changes.append(self._change_meanwhile(event))
+            else:
+                mine += self._submit(event)
+        for number in mine:
+            while not self._requests[number].done:
+                time.sleep(_TICK / 10)
+            shown.update(1)
+        for thread in changes:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self._look_at_differences(mine)
+
+    def _submit(self, numbers: Sequence[int]) -> list[int]:
+        arrival = time.perf_counter_ns()
+        runs = [i for i in numbers if self._runs(i)]
+        for model in dict.fromkeys(self.recorded.file.requests[i].model for i in runs):
+            of_it = [i for i in runs if self.recorded.file.requests[i].model == model]
+            handle = self.models[model]
+            requests = [handle._request(*self._asked(i), arrival) for i in of_it]
+            handle._engine.submit(requests)
+            self._requests.update(zip(of_it, requests))
+        return runs
+
+    def _asked(self, number: int) -> tuple[list[int], SamplingParams]:
+        one = self.recorded.file.requests[number]
+        known = {f.name for f in fields(SamplingParams)}
+        params = SamplingParams.of({k: v for k, v in one.params.items() if k in known})
+        prompt, count = unpack(one.prompt_token_ids), len(unpack(one.tokens))
+        params = replace(params, seed=one.seed)
+        if one.finish_reason not in ("stop", "length", "error") or self.recorded.redacted:
+            params = replace(params, max_tokens=max(1, count))
+        if self.recorded.redacted:
+            params = replace(params, ignore_eos=True, stop_token_ids=())
+            prompt = self._random_tokens(one, number)
+        return prompt, params
+
+    def _random_tokens(self, one: RequestEntry, seed: int) -> list[int]:
+        import random
+
+        size = self.models[one.model]._parts.loaded.vocab_size
+        return [random.Random(f"{seed}.{i}").randrange(size) for i in range(one.prompt_tokens)]
+
+    # -- modes ----------------------------------------------------------------------------------
+
+    def _become(self, mode: ModeEntry) -> None:
+        """Bring a model to a recorded mode, and wait for it."""
+        self._change(mode)
+        self._compile(self.models[mode.model], mode.step == "compiled")
+
+    def _change(self, mode: ModeEntry) -> None:
+        model = self.models[mode.model]
+        if not model.plan.format.stored:
+            model.quantize(
+                mode.quantize,
+                double_quant=mode.double_quant,
+                compute_dtype=mode.compute_dtype,
+                progress=self._progress,
+            )
+        model.configure(
+            batching=mode.batching,  # type: ignore[arg-type]
+            max_batch=mode.max_batch,
+            context=mode.context,
+        )
+
+    def _compile(self, model: Model, wanted: bool) -> None:
+        """Have the decode step run as it did, and not change on the way."""
+        model.configure(compile=wanted)
+        if wanted and not model.compilation.wait(_PATIENCE):
+            reason = model.compilation.reason or "it took too long"
+            note = f"the decode step was compiled in the recording and is not here: {reason}"
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _change_meanwhile(self, mode: ModeEntry) -> threading.Thread:
+        """Change the mode while requests run, as it was done: it may wait for them."""
+
+        def change() -> None:
+            try:
+                self._change(mode)
+            except InferkitError as error:
+                self._failure = error
+
+        thread = threading.Thread(target=change, name="inferkit-replay", daemon=True)
+        thread.start()
+        return thread
+
+    # -- comparing ------------------------------------------------------------------------------
+
+    def _look_at_differences(self, numbers: Sequence[int]) -> None:
+        """How far apart two tokens were where outputs differ, while the mode is the same still."""
+        for number in numbers[: _SCORED * 64]:
+            if len(self._gaps) >= _SCORED:
+                return
+            recorded = self.recorded.file.requests[number]
+            got = self._requests[number].result()
+            at = _first_difference(got, generation_of(recorded))
+            plain = got.params.temperature == 0 and got.params.repetition_penalty == 1
+            ids = unpack(recorded.token_ids)
+            if at is None or not plain or at >= min(len(ids), len(got.token_ids)):
+                continue
+            sequence = [*got.prompt_token_ids, *ids[:at]]
+            self._gaps[number] = _gap(
+                self.models[recorded.model], sequence, got.token_ids[at], ids[at]
+            )
+
+    def _outcome(self, number: int) -> Outcome:
+        one = self.recorded.file.requests[number]
+        recorded = generation_of(one)
+        request = self._requests.get(number)
+        if request is None:
+            reason = "it was cancelled before its first token"
+            return Outcome(number, recorded, None, None, None, "not run", reason)
+        got = request.result()
+        if self.recorded.redacted:
+            reason = "outputs were left out of the recording"
+            return Outcome(number, recorded, got, None, None, "not compared", reason)
+        at = _first_difference(got, recorded)
+        if at is None and got.finish_reason == "error" and one.finish_reason != "error":
+            return Outcome(
+                number, recorded, got, len(got.token_ids), None, "differs", str(got.error)
+            )
+        if at is None:
+            return Outcome(number, recorded, got, None, None, "equal", "")
+        gap = self._gaps.get(number)
+        kind, reason = self._why(one, recorded, got, gap)
+        return Outcome(number, recorded, got, at, gap, kind, reason)
+
+    def _why(
+        self, one: RequestEntry, recorded: Generation, got: Generation, gap: float | None
+    ) -> tuple[str, str]:
+        """What kind of difference it is, and what is likely to be the reason."""
+        others = self._what_differs(one)
+        because = f"; other {', '.join(others)}" if others else "; the same settings and versions"
+        if gap is not None:
+            limit = max(
+                ROUNDING.get(d, 0.25) for d in (recorded.settings.dtype, got.settings.dtype)
+            )
+            if got.settings.quantization != "none" and others:
+                limit = max(limit, ROUNDING["bfloat16"])
+            said = f"the two tokens are {gap:.3g} nats apart here"
+            if gap <= limit:
+                return "rounding", f"{said}: rounding decides between them{because}"
+            return (
+                "differs",
+                f"{said}, more than rounding in {got.settings.dtype} explains{because}",
+            )
+        if got.params.temperature > 0 and others:
+            return "rounding", f"sampled from probabilities that are not quite the same{because}"
+        return "differs", f"the outputs part here{because}"
+
+    def _what_differs(self, one: RequestEntry) -> list[str]:
+        """Of where and how it ran, what is not as in the recording."""
+        model = self.models[one.model]
+        then, now = self.recorded.environment, environment()
+        entry = self.recorded.file.models[one.model]
+        pairs = {
+            "dtype": (entry.dtype, model.dtype),
+            "device": (entry.devices, list(model.devices)),
+            "processor": (then.cpu, now.cpu),
+            "accelerator": _accelerators(then, now),
+            "number of threads": (then.threads, now.threads),
+            **{
+                name: (then.packages.get(name), now.packages.get(name))
+                for name in ("torch", "transformers", "bitsandbytes", "jupyter-inferkit")
+            },
+        }
+        return [name for name, (a, b) in pairs.items() if a != b]
+
+
+def _accelerators(then: Any, now: Any) -> tuple[list[str], list[str]]:
+    both = [[d.description for d in env.devices if d.kind != "cpu"] for env in (then, now)]
+    return both[0], both[1]
+
+
+def _is(model: Model, source: catalog.Source, entry: ModelEntry, dtype: str | None) -> bool:
+    same = model.path == source.path and model.revision == source.revision
+    return (
+        same
+        and model.dtype == (dtype or entry.dtype)
+        and list(model.devices) == entry.devices
+        and model._parts.identity.prefix_reuse == entry.prefix_reuse
+    )
+
+
+@contextmanager
+def _as_it_was(model: Model, progress: Progress) -> Iterator[None]:
+    """Whatever is done to the model, it has its settings again afterwards."""
+    # Not `settings_back`, which keeps other threads from changing the model: one of ours does.
+    form, rows, context = model.plan.format, model.max_batch, model.context
+    policy, compile = model.batching, model._parts.compile
+    try:
+        yield
+    finally:
+        if model.loaded:
+            with uninterrupted():
+                shown = progress is True
+                model._become(
+                    format=form, max_batch=rows, context=context, force=True, progress=shown
+                )
+                model.configure(batching=policy, compile=compile)
+
+
+def _first_difference(got: Generation, recorded: Generation) -> int | None:
+    """Where the first output token differs; a longer output differs where the other ends."""
+    a, b = got.token_ids, recorded.token_ids
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+    if at is not None or len(a) == len(b):
+        return at
+    return min(len(a), len(b))
+
+
+def _gap(model: Model, sequence: Sequence[int], came: int, recorded: int) -> float:
+    """By how many nats the recorded token is less likely than the one that came."""
+    found = math.nan
+
+    def take(_: int, start: int, logits: torch.Tensor) -> None:
+        nonlocal found
+        if start + len(logits) == len(sequence):
+            found = float(logits[-1, came] - logits[-1, recorded])
+
+    model._parts.score([sequence], take)
+    return abs(found)
+
+
+def _unfinished(outcome: Outcome) -> Outcome:
+    """Of an interrupted replay: what was cut off is no difference."""
+    got = outcome.measured
+    if got is None or got.finish_reason == "cancelled":
+        return replace(
+            outcome, kind="interrupted", reason="the replay was interrupted", difference=None
+        )
+    return outcome
+
+
+def _sleep(seconds: float) -> None:
+    """Wait, so that an interrupt ends it on every platform."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, _TICK))

@@ -1,0 +1,520 @@
+"""Experiments: recorded as they happen, kept in one file, opened, and run again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fastjsonschema
+import pytest
+
+import inferkit as ik
+from inferkit.experiments import file as files
+from inferkit.experiments import recording, replay
+from inferkit.experiments.environment import environment, scrubbed
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = ROOT / "inferkit" / "experiments" / "schemas" / "experiment-1.json"
+PROMPTS = [list(range(5, 5 + n)) for n in (1, 7, 30, 3)]
+OPTIONS: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
+
+
+@pytest.fixture
+def model(tiny_model: Callable[[str], Path]) -> Iterator[ik.Model]:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 192}
+    with ik.load(tiny_model("llama"), max_batch=3, progress=False, **options) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "one.json"
+
+
+@pytest.fixture
+def recorded(model: ik.Model, path: Path) -> ik.Experiment:
+    """Four greedy requests, four that are drawn, one that is cancelled; nf4 and back."""
+    with ik.record("first", path=path, progress=False) as exp:
+        model.generate(PROMPTS, **OPTIONS)
+        model.quantize("nf4", progress=False)
+        model.generate(PROMPTS, temperature=0.8, seed=3, **OPTIONS)
+        request = model.submit(PROMPTS[0], max_tokens=150, ignore_eos=True)
+        while request.generated < 5:
+            time.sleep(0.001)
+        model.configure(batching="static")
+        request.cancel()
+        request.result()
+    model.quantize("none", progress=False).configure(batching="continuous")
+    return exp
+
+
+# -- what is recorded ----------------------------------------------------------------------------
+
+
+def test_all_of_every_request_is_in_the_file(model: ik.Model, path: Path) -> None:
+    before = model.generate(PROMPTS, **OPTIONS)
+    with ik.record("all", path=path, progress=False) as exp:
+        gens = model.generate(PROMPTS, **OPTIONS)
+        drawn = model.generate("Once", temperature=1.0, seed=None, stop=["zzz"], **OPTIONS)
+    opened = ik.open(path)
+    assert opened.file == exp.file
+    assert len(opened.generations) == len(PROMPTS) + 1
+    for got, gen in zip(opened.generations, [*gens, drawn]):
+        names = ("token_ids", "prompt_token_ids", "text", "prompt", "finish_reason", "settings")
+        assert [getattr(got, n) for n in names] == [getattr(gen, n) for n in names]
+        assert (got.seed, got.params) == (gen.seed, gen.params)
+        for name in ("ttft", "tpot", "itl", "e2e", "queue"):
+            assert getattr(got.latency, name) == pytest.approx(getattr(gen.latency, name))
+    assert [gen.token_ids for gen in before] == [gen.token_ids for gen in gens]
+    assert opened.complete
+    assert opened.duration == exp.duration
+    assert opened.summary().ttft.p50 == pytest.approx(ik.summarize([*gens, drawn]).ttft.p50)
+
+
+def test_it_says_what_it_ran_on_and_nothing_of_who_ran_it(
+    recorded: ik.Experiment, path: Path, model: ik.Model
+) -> None:
+    (entry,) = recorded.file.models
+    assert entry.files == model.source.sha256(progress=False)
+    assert "model.safetensors" in entry.files
+    env = recorded.environment
+    assert env.packages["torch"]
+    assert env.devices[-1].name == "cpu"
+    text = path.read_text(encoding="utf-8")
+    for secret in (str(Path.home()), str(path.parent), os.uname().nodename, str(model.path)):
+        assert secret not in text
+
+
+def test_changes_of_mode_are_where_they_happened(recorded: ik.Experiment) -> None:
+    modes = recorded.file.modes
+    assert [(m.quantize, m.batching) for m in modes][:3] == [
+        ("none", "continuous"),
+        ("nf4", "continuous"),
+        ("nf4", "static"),
+    ]
+    of_requests = [modes[one.mode].quantize for one in recorded.file.requests]
+    assert of_requests == ["none"] * 4 + ["nf4"] * 5
+    assert modes[1].time <= recorded.file.requests[4].arrival
+    assert modes[1].time >= max(one.finished or 0 for one in recorded.file.requests[:4])
+
+
+def test_what_is_loaded_meanwhile_is_recorded_too(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    with (
+        ik.record("later", path=path, progress=False) as exp,
+        ik.load(tiny_model("llama"), device="cpu", progress=False) as loaded,
+    ):
+        gen = loaded.generate(PROMPTS[0], max_tokens=3)
+    assert exp.generations[0].token_ids == gen.token_ids
+    assert not recording.registry.on_load
+
+
+def test_redacted_leaves_out_what_was_said_and_keeps_the_times(model: ik.Model, path: Path) -> None:
+    with ik.record("secret", path=path, redact=True, progress=False) as exp:
+        gen = model.generate("my password", stop=["hunter2"], **OPTIONS)
+    text = path.read_text(encoding="utf-8")
+    (one,) = ik.open(path).generations
+    assert "password" not in text
+    assert "hunter2" not in text
+    assert (one.prompt, one.text, one.token_ids, one.prompt_token_ids) == (None, "", (), ())
+    assert one.latency.itl == pytest.approx(gen.latency.itl)
+    assert one.latency.prompt_tokens == len(gen.prompt_token_ids)
+    assert "password" not in repr(exp)
+
+
+def test_a_failed_request_keeps_its_error_without_folders(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = model._parts.engine.runner
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"no luck in {Path.home()}/models/x")
+
+    monkeypatch.setattr(runner, "prefill", fail)
+    with ik.record("failed", path=path, progress=False), pytest.warns(UserWarning, match="failed"):
+        model.generate(PROMPTS[0])
+    (gen,) = ik.open(path).generations
+    assert isinstance(gen.error, ik.GenerationError)
+    assert "no luck in" in str(gen.error)
+    assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+def test_requests_from_many_threads_are_all_there(model: ik.Model, path: Path) -> None:
+    with ik.record("threads", path=path, progress=False) as exp:
+        threads = [
+            threading.Thread(target=model.generate, args=(PROMPTS,), kwargs={"max_tokens": 2})
+            for _ in range(5)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(exp.generations) == 20
+    assert len(ik.open(path).generations) == 20
+
+
+def test_two_recordings_at_once_have_the_same(model: ik.Model, tmp_path: Path) -> None:
+    with (
+        ik.record("a", path=tmp_path / "a.json", progress=False) as a,
+        ik.record("b", path=tmp_path / "b.json", progress=False) as b,
+    ):
+        model.generate(PROMPTS[0], max_tokens=3)
+    assert a.generations[0].token_ids == b.generations[0].token_ids
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+CRASHES = """
+import os, sys, time
+import inferkit as ik
+model = ik.load(sys.argv[1], device="cpu", dtype="float32", context=4096, progress=False)
+recording = ik.record("crash", path=sys.argv[2], progress=False)
+recording.start()
+done = model.generate([5, 6, 7], max_tokens=4, ignore_eos=True)
+request = model.submit([5, 6, 7], max_tokens=4000, ignore_eos=True)
+while request.generated < 20:
+    time.sleep(0.01)
+print(request.generated, flush=True)
+time.sleep(1)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_crash_loses_no_more_than_the_last_second(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CRASHES, str(tiny_model("llama")), str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not path.exists()
+    exp = ik.open(path)
+    assert not exp.complete
+    assert "not brought to its end" in exp.notes[-1]
+    finished, cut = exp.file.requests
+    assert finished.finish_reason == "length"
+    assert cut.finish_reason is None
+    assert len(cut.tokens) >= int(done.stdout)  # those of a second before
+    with pytest.raises(ik.OptionError, match=r"ik\.open"):  # nothing is lost by starting again
+        ik.record("crash", path=path)
+
+
+def test_a_damaged_last_line_of_the_journal_is_left_out(
+    recorded: ik.Experiment, path: Path
+) -> None:
+    whole = files.Journal(path, recorded.file)
+    whole.close()
+    journal = path.with_name(path.name + files.PARTIAL)
+    with journal.open("ab") as out:
+        out.write(b'{"type":"tokens","requ')
+    path.unlink()
+    assert len(ik.open(path).generations) == len(recorded.generations)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 2000])
+def test_a_truncated_file_says_so(recorded: ik.Experiment, path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ik.ExperimentError, match="cut off"):
+        ik.open(path)
+
+
+def change(data: dict[str, Any], keys: list[Any], value: Any) -> None:
+    for key in keys[:-1]:
+        data = data[key]
+    data[keys[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (["format"], "other", "no experiment"),
+        (["version"], 2, "upgrade"),
+        (["version"], "x", "none"),
+        (["models", 0, "name"], 7, r"models\[0\].name"),
+        (["requests", 0, "model"], 5, "model 5"),
+        (["requests", 0, "mode"], -1, "mode -1"),
+        (["requests", 0, "tokens"], [1, 2], "times"),
+        (["requests", 0, "tokens"], {"n": 40, "zlib": "!"}, "damaged"),
+        (["requests", 0, "tokens"], {"n": 1, "zlib": "eNpjYIAAxlF6UNAAJ9gAMg=="}, "damaged"),
+        (["requests", 0, "arrival"], 10**15, "backwards"),
+        (["requests", 0, "params", "temperature"], -1, "temperature"),
+        (["requests", 0, "settings"], {}, "missing"),
+        (["requests"], 3, r"\$.requests"),
+        (["created"], "yesterday", "created"),
+    ],
+)
+def test_an_edited_file_says_what_is_wrong(
+    recorded: ik.Experiment, path: Path, keys: list[Any], value: Any, said: str
+) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data, keys, value)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ik.ExperimentError, match=said):
+        ik.open(path)
+
+
+def test_what_a_later_version_adds_is_left_alone(recorded: ik.Experiment, path: Path) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["new"] = data["requests"][0]["newer"] = {"a": 1}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert len(ik.open(path).generations) == len(recorded.generations)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "\x00\xff", '{"format": null}'])
+def test_another_file_is_refused(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ik.ExperimentError):
+        ik.open(path)
+
+
+def test_no_file_says_what_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(ik.ExperimentError, match=r"ik\.record"):
+        ik.open(tmp_path / "none.json")
+    with pytest.raises(ik.ExperimentError, match="cannot be read"):
+        ik.open(tmp_path)
+
+
+def test_a_file_that_is_there_stays(recorded: ik.Experiment, path: Path, tmp_path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(ik.OptionError, match="overwrite=True"):
+        ik.record("again", path=path)
+    with pytest.raises(ik.OptionError, match="overwrite=True"):
+        recorded.save(path)
+    with pytest.raises(ik.OptionError, match="no folder"):
+        recorded.save(tmp_path / "no" / "where.json")
+    assert path.read_bytes() == before
+    assert recorded.save(tmp_path / "copy.json").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir() if ".partial" in f.name] == []
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 3])
+def test_it_needs_a_name(name: Any) -> None:
+    with pytest.raises(ik.OptionError, match="call the experiment"):
+        ik.record(name)
+
+
+def test_a_full_disk_ends_the_recording_and_not_the_run(
+    model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    recorder = ik.record("full", path=path, progress=False)
+    exp = recorder.start()
+    monkeypatch.setattr(files.Journal, "add", full)
+    monkeypatch.setattr(files, "write", full)
+    gen = model.generate(PROMPTS[0], **OPTIONS)
+    with pytest.warns(UserWarning, match=r"No space left.*exp\.save"):
+        recorder.stop()
+    monkeypatch.undo()
+    assert gen.finish_reason == "length"
+    saved = exp.save(tmp_path / "elsewhere.json")
+    assert ik.open(saved).generations[0].token_ids == gen.token_ids
+
+
+def test_the_schema_is_that_of_the_code_and_files_follow_it(
+    recorded: ik.Experiment, path: Path
+) -> None:
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert schema == files.schema()
+    check = fastjsonschema.compile({**schema, "$schema": "http://json-schema.org/draft-07/schema#"})
+    data = json.loads(path.read_text(encoding="utf-8"))
+    check(data)
+    data["requests"][0]["arrival"] = "soon"
+    with pytest.raises(fastjsonschema.JsonSchemaException):
+        check(data)
+
+
+@pytest.mark.parametrize("values", [[], [0], list(range(100)), [2**62, -5] * 40, [7] * 5000])
+def test_numbers_are_packed_and_come_back(values: list[int]) -> None:
+    packed = files.pack(values)
+    assert files.unpack(packed) == values
+    assert len(values) <= 32 or isinstance(packed, files.Packed)
+
+
+def test_folders_and_users_are_taken_out_of_messages() -> None:
+    assert scrubbed("no /home/alice/x/model.bin here") == "no model.bin here"
+    assert scrubbed(r"C:\Users\alice\m.gguf is bad") == "m.gguf is bad"
+    assert scrubbed("https://example.org/a/b stays") == "https://example.org/a/b stays"
+    assert scrubbed("1/2 of a/b") == "1/2 of a/b"
+
+
+def test_the_environment_tells_the_notebook_by_its_name_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/alice/work/01.ipynb")
+    assert environment().notebook == "01.ipynb"
+    monkeypatch.delenv("JPY_SESSION_NAME")
+    assert environment().notebook is None
+
+
+# -- run again -----------------------------------------------------------------------------------
+
+
+def test_a_replay_gives_the_same_tokens_and_its_own_times(
+    recorded: ik.Experiment, path: Path, model: ik.Model
+) -> None:
+    found = ik.replay(path, progress=False)
+    assert found.exact
+    assert found.ok
+    assert [o.kind for o in found.outcomes] == ["equal"] * 9
+    assert found.verdict.startswith("Reproduced: 9 of 9 requests gave the recorded tokens.")
+    assert len(found.measured.generations) == 9
+    assert [m.quantize for m in found.measured.file.modes][:2] == ["none", "nf4"]
+    cancelled = found.outcomes[-1]
+    assert cancelled.measured is not None
+    assert len(cancelled.measured.token_ids) == len(cancelled.recorded.token_ids)
+    json.dumps(found.to_dict())
+    assert "measured here and now" in repr(found)
+    assert "measured here and now" in found._repr_html_()
+    # The model is as it was before.
+    assert (model.quantization, model.batching, model.max_batch) == ("none", "continuous", 3)
+
+
+def test_a_replay_loads_the_model_and_unloads_it(
+    recorded: ik.Experiment, path: Path, model: ik.Model, tiny_model: Callable[[str], Path]
+) -> None:
+    model.unload()
+    with pytest.raises(ik.ExperimentError, match="model='path'"):
+        ik.replay(path, progress=False)
+    assert ik.replay(path, model=tiny_model("llama"), progress=False).exact
+    assert ik.models() == []
+
+
+def test_another_model_is_refused_unless_it_is_wanted(
+    recorded: ik.Experiment, path: Path, model: ik.Model, tiny_model: Callable[[str], Path]
+) -> None:
+    model.unload()
+    with pytest.raises(ik.ExperimentError, match="sha256"):
+        ik.replay(path, model=tiny_model("qwen3"), progress=False)
+    found = ik.replay(path, model=tiny_model("qwen3"), check_files=False, progress=False)
+    assert not found.ok
+    differing = [o for o in found.outcomes if o.kind == "differs"]
+    assert differing
+    assert found.verdict.startswith("Differs")
+    greedy = next(o for o in differing if o.request < 4)
+    assert greedy.gap is not None
+    assert "nats apart" in greedy.reason
+
+
+def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
+    recorded: ik.Experiment, path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    exp = ik.open(path)
+    ids = list(exp.generations[0].token_ids)
+    data["requests"][0]["token_ids"] = [*ids[:10], (ids[10] + 1) % 100, *ids[11:]]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    found = ik.replay(path, progress=False)
+    first = found.outcomes[0]
+    assert (first.kind, first.difference) == ("differs", 10)
+    assert "the same settings and versions" in first.reason
+    assert not found.ok
+    monkeypatch.setattr(replay, "_gap", lambda *_: 1e-4)
+    found = ik.replay(path, progress=False)
+    assert (found.ok, found.exact) == (True, False)
+    assert found.verdict.startswith("Reproduced up to rounding")
+
+
+def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path) -> None:
+    with ik.record("secret", path=path, redact=True, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+    found = ik.replay(path, progress=False)
+    assert {o.kind for o in found.outcomes} == {"not compared"}
+    assert found.ok
+    lengths = [g.latency.output_tokens for g in found.measured.generations]
+    assert lengths == [40] * 4
+    assert "only times compare" in found.verdict
+
+
+def test_requests_that_followed_each_other_do_so_again(model: ik.Model, path: Path) -> None:
+    with ik.record("one by one", path=path, progress=False):
+        for prompt in PROMPTS:
+            model.generate(prompt, **OPTIONS)
+    # A machine that is faster, or slower, is the same to it.
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found = ik.replay(path, pause=0, progress=False)
+    requests = found.measured.file.requests
+    for before, after in itertools.pairwise(requests):
+        assert after.arrival >= (before.finished or 0)
+    assert len(data["requests"]) == len(requests)
+
+
+def test_requests_that_arrived_together_do_so_again(model: ik.Model, path: Path) -> None:
+    model.configure(batching="static")
+    with ik.record("together", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+    found = ik.replay(path, progress=False)
+    assert len({one.arrival for one in found.measured.file.requests}) == 1
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ik.record("long", path=path, progress=False):
+        model.generate(PROMPTS[0], **OPTIONS)
+        model.generate(PROMPTS[1], **OPTIONS)
+    part = replay._Run._part
+    calls = []
+
+    def interrupted(self: Any, *args: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        part(self, *args, **options)
+
+    monkeypatch.setattr(replay._Run, "_part", interrupted)
+    found = ik.replay(path, progress=False)
+    assert [o.kind for o in found.outcomes] == ["equal", "interrupted"]
+    assert "interrupted" in found.notes[-1]
+    assert not found.exact
+
+
+@pytest.mark.parametrize("pause", [-1, "x", True, float("nan")])
+def test_a_pause_is_a_time(recorded: ik.Experiment, pause: Any) -> None:
+    with pytest.raises(ik.OptionError, match="pause="):
+        ik.replay(recorded, pause=pause)
+
+
+def test_nothing_to_run_again_says_so(model: ik.Model, path: Path) -> None:
+    with ik.record("empty", path=path, progress=False) as exp:
+        pass
+    with pytest.raises(ik.ExperimentError, match="no requests"):
+        ik.replay(path)
+    with pytest.raises(ik.OptionError, match="no request that ended"):
+        exp.summary()
+    assert "0 requests" in repr(exp)
+
+
+# -- the command line ----------------------------------------------------------------------------
+
+
+def test_the_command_line_checks(
+    recorded: ik.Experiment, path: Path, model: ik.Model, tiny_model: Callable[[str], Path]
+) -> None:
+    from inferkit.cli import main
+
+    folder = str(tiny_model("llama"))
+    model.unload()
+    assert main(["replay", str(path), "--model", folder, "--check", "--exact", "--json"]) == 0
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["requests"][0]["token_ids"] = [1] * 40
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert main(["replay", str(path), "--model", folder]) == 0
+    assert main(["replay", str(path), "--model", folder, "--check"]) == 1
+    path.write_bytes(b"{")
+    assert main(["replay", str(path)]) == 2

@@ -1,0 +1,469 @@
+"""Binder links: what they open, what they warn of, and what never gets into them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from inferkit.errors import OptionError
+from inferkit.experiments.experiment import Experiment
+from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry
+from inferkit.experiments.sharing import BinderLink, binder_link
+
+PUBLIC = "Binder can only open public repositories"
+Git = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No notebook runs this, and git reads nobody's settings."""
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    for name in ("GIT_CONFIG_GLOBAL", "GIT_CONFIG_SYSTEM"):
+        monkeypatch.setenv(name, str(tmp_path / "no-config"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    for role in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{role}_NAME", "A")
+        monkeypatch.setenv(f"GIT_{role}_EMAIL", "a@example.org")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone of github.com/owner/name with one pushed commit; the working directory."""
+    folder = tmp_path / "clone"
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "notebooks" / "first.ipynb").write_text("{}")
+    (folder / "requirements.txt").write_text("jupyter-inferkit\n")
+    monkeypatch.chdir(folder)
+    run("init", "--quiet", "--initial-branch=main")
+    run("remote", "add", "origin", "https://github.com/owner/name.git")
+    commit()
+    pushed()
+    return folder
+
+
+def run(*words: str) -> str:
+    return subprocess.run(
+        ["git", *words], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def commit() -> str:
+    run("add", "--all")
+    run("commit", "--quiet", "--allow-empty", "--message", "x")
+    return run("rev-parse", "HEAD")
+
+
+def pushed(remote: str = "origin", branch: str = "main") -> None:
+    """As a push leaves it: the clone has seen its commit on the remote."""
+    run("update-ref", f"refs/remotes/{remote}/{branch}", "HEAD")
+
+
+def beside_public(link: BinderLink) -> list[str]:
+    """The warnings, without the one that is always there."""
+    assert sum(PUBLIC in warning for warning in link.warnings) == 1
+    return [warning for warning in link.warnings if PUBLIC not in warning]
+
+
+def opened(link: BinderLink) -> str:
+    """The path that JupyterLab is told, taken out of the link in Binder's two steps."""
+    (target,) = parse_qs(urlsplit(link.url).query, strict_parsing=True)["urlpath"]
+    address = urlsplit(f"https://hub.example.org/user/x/{target}")
+    assert (address.query, address.fragment) == ("", "")
+    return unquote(address.path).removeprefix("/user/x/")
+
+
+# -- the repository -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repo", "start"),
+    [
+        ("owner/name", "gh/owner/name/"),
+        ("owner/name.git", "gh/owner/name/"),
+        ("o-w.n/n_a.me", "gh/o-w.n/n_a.me/"),
+        ("https://github.com/owner/name", "gh/owner/name/"),
+        ("https://github.com/owner/name.git", "gh/owner/name/"),
+        ("https://www.GitHub.com/owner/name/", "gh/owner/name/"),
+        ("git@github.com:owner/name.git", "gh/owner/name/"),
+        ("ssh://git@github.com/owner/name.git", "gh/owner/name/"),
+        ("ssh://git@ssh.github.com:443/owner/name.git", "gh/owner/name/"),
+        ("https://gitlab.com/group/sub/name.git", "gl/group%2Fsub%2Fname/"),
+        ("git@gitlab.com:group/name.git", "gl/group%2Fname/"),
+        ("https://codeberg.org/o/n.git", "git/https%3A%2F%2Fcodeberg.org%2Fo%2Fn.git/"),
+        ("https://git.example.org:8443/n", "git/https%3A%2F%2Fgit.example.org%3A8443%2Fn/"),
+        ("http://git.example.org/n", "git/http%3A%2F%2Fgit.example.org%2Fn/"),
+        ("git@codeberg.org:o/n.git", "git/https%3A%2F%2Fcodeberg.org%2Fo%2Fn.git/"),
+        ("ssh://git@git.example.org:2222/o/n", "git/https%3A%2F%2Fgit.example.org%2Fo%2Fn/"),
+    ],
+)
+def test_every_form_of_an_address_leads_to_its_provider(repo: str, start: str) -> None:
+    link = binder_link(repo, "main")
+    assert link.url == f"https://mybinder.org/v2/{start}main?urlpath=lab"
+
+
+def test_an_address_for_ssh_alone_is_guessed_and_the_guess_is_told() -> None:
+    link = binder_link("git@codeberg.org:o/n.git", "main")
+    assert any("https://codeberg.org/o/n.git" in w and "ssh" in w for w in link.warnings)
+
+
+@pytest.mark.parametrize(
+    "repo",
+    [
+        "https://user:s3cret@github.com/owner/name.git",
+        "https://s3cret@github.com/owner/name",
+        "https://oauth2:s3cret@gitlab.com/group/name.git",
+        "https://user:s3cret@codeberg.org:443/o/n?private_token=s3cret#s3cret",
+        "ssh://user:s3cret@codeberg.org/o/n",
+        "http://user:s3cret@git.example.org/n",
+        "git://s3cret@git.example.org/n",
+    ],
+)
+def test_credentials_get_neither_into_the_link_nor_into_what_is_shown(
+    repo: str, clone: Path
+) -> None:
+    run("remote", "set-url", "origin", repo)
+    for link in (binder_link(), binder_link(repo, "main")):
+        shown = (link.url, link.markdown, str(link), repr(link), link._repr_html_(), link.warnings)
+        assert "s3cret" not in repr(shown)
+        assert "user" not in link.url
+
+
+@pytest.mark.parametrize(
+    "repo",
+    [
+        "https://user:s3c/ret@github.com/owner/name",  # git reads it differently, too
+        "https://user:s3cret@github.com/owner",
+        "https://user:s3cret@localhost/owner/name",
+        "https://user:s3cret@host:port/owner/name",
+        "ftp://user:s3cret@example.org/name",
+    ],
+)
+def test_credentials_do_not_get_into_error_messages(repo: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        binder_link(repo, "main")
+    assert "s3c" not in str(caught.value)
+    assert "ret@" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("repo", "says"),
+    [
+        ("", "owner/name"),
+        ("name", "owner/name"),
+        ("owner/..", "owner/name"),
+        ("a/b/c", "owner/name"),
+        ("owner/na me", "owner/name"),
+        ("https://", "https://gitlab.com/owner/name"),
+        ("https://github.com/owner", "https://github.com/owner/name"),
+        ("https://github.com/owner/name/tree/main", "ref= and notebook="),
+        ("https://gitlab.com/group/name/-/tree/main", "ref= and notebook="),
+        ("/srv/git/name.git", "owner/name"),
+        ("file:///srv/git/name.git", "owner/name"),
+        ("git@work:owner/name.git", "'work', which Binder cannot reach"),
+        ("https://localhost:8000/o/n", "'localhost', which Binder cannot reach"),
+        ("https://192.168.0.7/o/n", "which Binder cannot reach"),
+        ("https://git.corp.internal/o/n", "which Binder cannot reach"),
+    ],
+)
+def test_a_repository_that_binder_cannot_open_is_refused(repo: str, says: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        binder_link(repo, "main")
+    assert says in str(caught.value)
+    assert "repo=" in str(caught.value) or "ref=" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "ref", ["", " ", "a b", "-x", "/x", "x/", "a..b", "a~1", "HEAD^", "a:b", "a\nb", "@{u}"]
+)
+def test_a_ref_that_git_has_no_name_for_is_refused(ref: str) -> None:
+    with pytest.raises(OptionError, match="branch, tag or commit"):
+        binder_link("owner/name", ref)
+
+
+@pytest.mark.parametrize(
+    "notebook", ["", " ", ".", "..", "../x.ipynb", "a/../../x.ipynb", "/x.ipynb", "a\0b"]
+)
+def test_a_notebook_outside_of_the_repository_is_refused(notebook: str, clone: Path) -> None:
+    for repo in ("owner/name", "owner/another"):
+        with pytest.raises(OptionError, match="notebook="):
+            binder_link(repo, "main", notebook)
+
+
+@pytest.mark.parametrize("arguments", [{"repo": 1}, {"ref": 1}, {"notebook": 1}, {"experiment": 1}])
+def test_arguments_of_a_wrong_type_are_refused(arguments: dict[str, object], clone: Path) -> None:
+    with pytest.raises(OptionError, match=f"{next(iter(arguments))}="):
+        binder_link(**arguments)  # type: ignore[arg-type]
+
+
+# -- from the working directory -------------------------------------------------------------------
+
+
+def test_a_clean_clone_gives_its_present_commit_without_a_warning(clone: Path) -> None:
+    link = binder_link(notebook="notebooks/first.ipynb")
+    head = run("rev-parse", "HEAD")
+    assert str(link) == link.url
+    assert link.url == (
+        f"https://mybinder.org/v2/gh/owner/name/{head}?urlpath=lab/tree/notebooks/first.ipynb"
+    )
+    assert beside_public(link) == []
+
+
+def test_outside_of_a_repository_the_error_says_what_to_give() -> None:
+    with pytest.raises(OptionError, match=r"no git repository .* give repo='owner/name', ref="):
+        binder_link()
+    with pytest.raises(OptionError, match="ref='main'"):
+        binder_link("owner/name")
+
+
+def test_without_git_the_error_says_so(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(OptionError, match="git is not installed"):
+        binder_link()
+    assert binder_link("owner/name", "main").url.endswith("gh/owner/name/main?urlpath=lab")
+
+
+def test_without_a_remote_the_error_names_those_there_are(clone: Path) -> None:
+    run("remote", "rename", "origin", "upstream")
+    with pytest.raises(OptionError, match=r"no remote 'origin', only 'upstream': give repo="):
+        binder_link()
+    run("remote", "remove", "upstream")
+    with pytest.raises(OptionError, match="no remote: give repo="):
+        binder_link()
+
+
+def test_a_remote_on_this_machine_is_no_repository_of_github(clone: Path) -> None:
+    run("remote", "set-url", "origin", "owner/name")  # git means a folder
+    with pytest.raises(OptionError, match="origin"):
+        binder_link()
+
+
+def test_without_a_commit_the_error_asks_for_one(clone: Path) -> None:
+    run("checkout", "--quiet", "--orphan", "empty")
+    with pytest.raises(OptionError, match="no commit yet"):
+        binder_link()
+
+
+def test_a_named_repository_is_checked_where_a_remote_is_that_repository(clone: Path) -> None:
+    run("remote", "add", "fork", "git@github.com:Me/name.git")
+    head = commit()
+    pushed("fork")
+    assert f"/gh/me/name/{head}?" in binder_link("me/name").url
+    assert beside_public(binder_link("me/name")) == []
+    assert any("'origin'" in w for w in binder_link("owner/name").warnings)
+    with pytest.raises(OptionError, match="no clone of it"):
+        binder_link("me/another")
+
+
+# -- what it warns of -----------------------------------------------------------------------------
+
+
+def test_uncommitted_changes_are_named_and_untracked_files_are_not(clone: Path) -> None:
+    (clone / "untracked.txt").write_text("x")
+    assert beside_public(binder_link()) == []
+    (clone / "notebooks" / "first.ipynb").write_text("{ }")
+    for ref in (None, "main"):
+        (warning,) = beside_public(binder_link(ref=ref))
+        assert "notebooks/first.ipynb" in warning
+        assert "not committed" in warning
+
+
+def test_a_commit_that_was_not_pushed(clone: Path) -> None:
+    head = commit()
+    (warning,) = beside_public(binder_link())
+    assert head[:9] in warning
+    assert "'origin'" in warning
+    (warning,) = beside_public(binder_link(ref="main"))
+    assert "'main' has commits that 'origin' lacks" in warning
+
+
+def test_a_remote_that_is_ahead_is_no_reason_to_warn(clone: Path) -> None:
+    commit()
+    pushed()
+    run("reset", "--quiet", "--hard", "HEAD~1")
+    assert beside_public(binder_link()) == beside_public(binder_link(ref="main")) == []
+
+
+def test_a_branch_that_was_not_pushed(clone: Path) -> None:
+    run("branch", "topic")
+    (warning,) = beside_public(binder_link(ref="topic"))
+    assert "git push origin topic" in warning
+
+
+def test_a_tag_may_not_be_on_the_remote(clone: Path) -> None:
+    run("tag", "v1")
+    (warning,) = beside_public(binder_link(ref="v1"))
+    assert "git push origin v1" in warning
+
+
+def test_a_ref_that_the_clone_does_not_know(clone: Path) -> None:
+    (warning,) = beside_public(binder_link(ref="nowhere"))
+    assert "'nowhere'" in warning
+
+
+def test_a_shortened_commit_is_given_in_full(clone: Path) -> None:
+    head = run("rev-parse", "HEAD")
+    assert f"/gh/owner/name/{head}?" in binder_link(ref=head[:8]).url
+
+
+def test_the_name_of_a_remote_branch_is_that_of_the_branch_there(clone: Path) -> None:
+    assert "/gh/owner/name/main?" in binder_link(ref="origin/main").url
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_notebook_that_is_not_in_the_commit(known: bool, clone: Path) -> None:
+    if known:
+        (clone / "new.ipynb").write_text("{}")
+    (warning,) = beside_public(binder_link(notebook="new.ipynb"))
+    assert "new.ipynb" in warning
+    assert ("neither here" in warning) != known
+
+
+def test_a_commit_that_installs_nothing(clone: Path) -> None:
+    run("rm", "--quiet", "requirements.txt")
+    commit()
+    pushed()
+    (warning,) = beside_public(binder_link())
+    assert "binder/requirements.txt" in warning
+
+
+def experiment(devices: list[str], weights: int) -> Experiment:
+    model = ModelEntry(name="m", ref="m", kind="hub", devices=devices, parameters_bytes=weights)
+    file = ExperimentFile(
+        name="e", created="2026-01-01T00:00:00+00:00", environment=Environment(), models=[model]
+    )
+    return Experiment(file)
+
+
+@pytest.mark.parametrize("repo", [None, "owner/another"])
+@pytest.mark.parametrize(
+    ("devices", "weights", "words"),
+    [
+        (["cpu"], 10**9, None),
+        (["cpu", "disk"], 10**9, None),
+        (["cuda:0", "cpu"], 10**9, "ran on cuda:0, and Binder has no GPU"),
+        (["mps"], 10**9, "ran on mps, and Binder has no GPU"),
+        (["cpu"], 2 * 10**9, "1.9 GiB, more than Binder's 2 GB"),
+    ],
+)
+def test_an_experiment_that_binder_could_not_run_again(
+    devices: list[str], weights: int, words: str | None, repo: str | None, clone: Path
+) -> None:
+    link = binder_link(repo, "main", experiment=experiment(devices, weights))
+    said = [warning for warning in link.warnings if "playback" in warning]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+
+
+# -- the notebook ---------------------------------------------------------------------------------
+
+
+def test_a_path_from_the_working_directory_is_found(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone / "notebooks")
+    for name in ("first.ipynb", "notebooks/first.ipynb", clone / "notebooks" / "first.ipynb"):
+        assert opened(binder_link(notebook=name)) == "lab/tree/notebooks/first.ipynb"
+
+
+def test_the_notebook_that_runs_is_found(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "/home/someone/clone/notebooks/first.ipynb")
+    for folder in (clone, clone / "notebooks"):
+        monkeypatch.chdir(folder)
+        link = binder_link()
+        assert opened(link) == "lab/tree/notebooks/first.ipynb"
+        assert beside_public(link) == []
+
+
+def test_a_notebook_of_which_there_are_two_is_asked_for(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "first.ipynb")
+    (clone / "other").mkdir()
+    (clone / "other" / "first.ipynb").write_text("{}")
+    commit()
+    pushed()
+    link = binder_link()
+    assert opened(link) == "lab"
+    (warning,) = beside_public(link)
+    assert "2 files of the name first.ipynb" in warning
+    assert "notebook=" in warning
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "My notebook.ipynb",
+        "50% off.ipynb",
+        "what?.ipynb",
+        "a#b&c=d+e.ipynb",
+        "naïve – ü.ipynb",
+        "a:b (1) [2].ipynb",
+        "%41.ipynb",
+        '"quoted" <b>\'s.ipynb',
+    ],
+)
+def test_any_name_of_a_notebook_survives(name: str, clone: Path) -> None:
+    (clone / name).write_text("{}")
+    commit()
+    pushed()
+    link = binder_link(notebook=name)
+    assert opened(link) == f"lab/tree/{name}"
+    assert beside_public(link) == []
+    assert not set(link.url) & set(" \"'<>()[]")  # neither Markdown nor HTML ends it early
+    assert link.url.isascii()
+
+
+@pytest.mark.parametrize("ref", ["feature/a", "a#b", "v1.0+x", "50%", "ü"])
+def test_any_name_of_a_branch_survives(ref: str, clone: Path) -> None:
+    run("checkout", "--quiet", "-b", ref)
+    pushed(branch=ref)
+    link = binder_link(ref=ref)
+    assert unquote(urlsplit(link.url).path) == f"/v2/gh/owner/name/{ref}"
+    assert beside_public(link) == []
+
+
+# -- how it is shown ------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """The links and the text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str | None] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key == "href"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_it_is_shown_as_a_badge_with_its_warnings_and_nothing_in_them_is_markup() -> None:
+    link = binder_link("owner/name", "<script>", "<img src=x>.ipynb")
+    page = Links(link._repr_html_())
+    assert page.links == [link.url]
+    assert set(page.tags) == {"div", "a", "img", "ul", "li"}
+    assert page.tags.count("img") == 1
+    for warning in link.warnings:
+        assert warning in page.text
+        assert warning in repr(link)
+
+
+def test_the_badge_in_markdown() -> None:
+    link = binder_link("owner/name", "v1", "a b.ipynb")
+    assert link.markdown == (
+        "[![Binder](https://mybinder.org/badge_logo.svg)]"
+        "(https://mybinder.org/v2/gh/owner/name/v1?urlpath=lab/tree/a%2520b.ipynb)"
+    )
