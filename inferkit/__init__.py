@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from inferkit.comparison import Comparison
     from inferkit.engine import Request
     from inferkit.experiments.experiment import Experiment, open
+    from inferkit.experiments.imports import import_experiment
     from inferkit.experiments.recording import record
     from inferkit.experiments.replay import Replay, replay
     from inferkit.experiments.sharing import binder_link
@@ -95,6 +96,7 @@ __all__ = [
     "compare",
     "devices",
     "fidelity",
+    "import_experiment",
     "load",
     "models",
     "open",
@@ -123,6 +125,7 @@ _HOME = {
     "binder_link": "inferkit.experiments.sharing",
     "compare": "inferkit.grid",
     "fidelity": "inferkit.reference",
+    "import_experiment": "inferkit.experiments.imports",
     "load": "inferkit.registry",
     "models": "inferkit.registry",
     "open": "inferkit.experiments.experiment",

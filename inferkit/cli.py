@@ -1,4 +1,4 @@
-"""The ``inferkit`` command: ``run``, ``plan``, ``devices`` and ``replay``.
+"""The ``inferkit`` command: ``run``, ``plan``, ``devices``, ``replay`` and ``export``.
 
 Options are the library's keywords with dashes (``--max-tokens 64``). Text and tables go to stdout,
 latency and progress to stderr, so that the output can be piped. Exit status: 0; 1 from ``plan``
@@ -160,6 +160,16 @@ def _replay(arguments: argparse.Namespace) -> int:
     return 0 if good or not (arguments.check or arguments.exact) else 1
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    experiment = ik.open(arguments.experiment)
+    other = ik.open(arguments.beside) if arguments.beside is not None else None
+    path = experiment.export(
+        arguments.out, arguments.to, overwrite=arguments.overwrite, other=other
+    )
+    print(path)
+    return 0
+
+
 def _complain(error: ik.InferkitError) -> int:
     print(f"inferkit: {' '.join(str(error).split())}", file=sys.stderr)
     return _FAILED
@@ -175,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_devices(commands)
     _add_replay(commands)
+    _add_export(commands)
     return parser
 
 
@@ -242,6 +253,20 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--save", metavar="FILE", default=None, help="keep what was measured")
     _add_json(command)
     _add_options(command, REPLAY_OPTIONS)
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "export",
+        help="an experiment as a page, a table, or a file of another tool's",
+        description="Write an experiment in another form.",
+    )
+    command.set_defaults(command=_export)
+    command.add_argument("experiment", metavar="FILE", help="what ik.record made")
+    command.add_argument("out", metavar="OUT", help=".html, .csv, .parquet, .jsonl, or see --to")
+    command.add_argument("--to", choices=["html", "csv", "parquet", "vllm", "aiperf"])
+    command.add_argument("--beside", metavar="FILE", help="html: compare with this experiment")
+    command.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

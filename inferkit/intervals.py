@@ -111,22 +111,40 @@ def bootstrap_ratio(
 def _drawn_medians(groups: Sequence[Sequence[float]], generator: Any) -> Any:
     """The median of all values of as many groups, drawn with replacement; again and again.
 
-    Sorted once, for a value drawn twice is a value that counts twice.
+    Sorted once, for a value drawn twice is a value that counts twice. The sorted values stand in
+    rows: how many of each row were drawn says in which one the median is, and only that row is
+    looked at.
     """
     import numpy as np
 
+    count = len(groups)
     values = np.concatenate([np.asarray(group, dtype=float) for group in groups])
-    owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    owners: Any = np.repeat(np.arange(count), [len(group) for group in groups])
     order = np.argsort(values, kind="stable")
-    values, owners = values[order], owners[order]
-    share = np.full(len(groups), 1 / len(groups))
-    rows = max(1, _AT_ONCE // len(values))
+    width = math.isqrt(len(values) - 1) + 1
+    empty = -len(values) % width
+    # What fills the last row belongs to one more group, which is never drawn.
+    values = np.pad(values[order], (0, empty)).reshape(-1, width)
+    owners = np.pad(owners[order], (0, empty), constant_values=count).reshape(-1, width)
+    held = np.zeros((count + 1, len(values)))  # how many values of each group each row has
+    np.add.at(held, (owners, np.arange(len(values))[:, None]), 1)
+
+    def at(rank: Any, times: Any, reached: Any) -> Any:
+        """The value of that rank, from 1, in each draw."""
+        row = (reached >= rank).argmax(axis=1)
+        within = np.cumsum(np.take_along_axis(times, owners[row], axis=1), axis=1)
+        before = np.take_along_axis(reached, row[:, None], axis=1) - within[:, -1:]
+        return values[row, (before + within >= rank).argmax(axis=1)]
+
+    draws = max(1, _AT_ONCE // (count + width))
     medians: list[Any] = []
-    for begin in range(0, _RESAMPLES, rows):
-        times = generator.multinomial(len(groups), share, min(rows, _RESAMPLES - begin))
-        reached = np.cumsum(times[:, owners], axis=1)
-        total = reached[:, -1:]
-        lower = values[(2 * reached >= total).argmax(axis=1)]
-        upper = values[(2 * reached > total).argmax(axis=1)]
+    for begin in range(0, _RESAMPLES, draws):
+        shape = (min(draws, _RESAMPLES - begin), count)
+        drawn = generator.integers(0, count, shape) + (count + 1) * np.arange(shape[0])[:, None]
+        counted = np.bincount(drawn.ravel(), minlength=shape[0] * (count + 1))
+        times = counted.reshape(-1, count + 1).astype(float)
+        reached = np.cumsum(times @ held, axis=1)
+        half = reached[:, -1:] / 2
+        lower, upper = (at(rank, times, reached) for rank in (np.ceil(half), np.floor(half) + 1))
         medians.append((lower + upper) / 2)
     return np.concatenate(medians)

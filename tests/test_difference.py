@@ -20,7 +20,7 @@ from inferkit.experiments.file import (
     ModelEntry,
     RequestEntry,
 )
-from inferkit.intervals import bootstrap_ratio
+from inferkit.intervals import _drawn_medians, bootstrap_ratio
 
 MS = 1_000_000
 GPU = "NVIDIA H100 80GB HBM3"
@@ -197,6 +197,17 @@ def test_a_ratio_of_medians_is_that_of_numpy() -> None:
     over, under = [[1.0, 5.0], [2.0]], [[4.0], [1.0, 3.0, 9.0]]
     assert bootstrap_ratio(over, under).value == np.median([1, 2, 5]) / np.median([1, 3, 4, 9])
     assert math.isnan(bootstrap_ratio([[1.0]], under).low)
+
+
+def test_groups_are_drawn_whole() -> None:
+    """Draw for draw what comes of putting the drawn groups together and taking their median."""
+    draw = np.random.default_rng(3)
+    for seed in range(5):
+        groups = [list(draw.integers(1, 20, draw.integers(1, 12)) / 4) for _ in range(9 + seed)]
+        found = _drawn_medians(groups, np.random.default_rng(seed))
+        chosen = np.random.default_rng(seed).integers(0, len(groups), (len(found), len(groups)))
+        expected = [np.median(np.concatenate([groups[i] for i in one])) for one in chosen[:200]]
+        assert list(found[:200]) == expected
 
 
 def test_gaps_of_one_request_are_not_counted_as_independent() -> None:

@@ -503,7 +503,7 @@ def test_nothing_to_run_again_says_so(model: ik.Model, path: Path) -> None:
 # -- the command line ----------------------------------------------------------------------------
 
 
-def test_the_command_line_checks(
+def test_the_command_line_checks_and_exports(
     recorded: ik.Experiment, path: Path, model: ik.Model, tiny_model: Callable[[str], Path]
 ) -> None:
     from inferkit.cli import main
@@ -511,6 +511,10 @@ def test_the_command_line_checks(
     folder = str(tiny_model("llama"))
     model.unload()
     assert main(["replay", str(path), "--model", folder, "--check", "--exact", "--json"]) == 0
+    out = path.with_name("out.csv")
+    assert main(["export", str(path), str(out)]) == 0
+    assert len(out.read_text(encoding="utf-8").splitlines()) >= 10
+    assert main(["export", str(path), str(out)]) == 2  # it is there already
     data = json.loads(path.read_text(encoding="utf-8"))
     data["requests"][0]["token_ids"] = [1] * 40
     path.write_text(json.dumps(data), encoding="utf-8")

@@ -157,6 +157,44 @@ def test_latency_frame_has_a_row_per_token():
     assert len(request().to_frame()) == 0
 
 
+def chunked(chunks, *tokens):
+    return Latency(Trace(0, 0, tuple(ms * MS for ms in tokens), None, 1, chunks=chunks))
+
+
+def test_gaps_are_between_chunks_and_stand_at_their_first_tokens():
+    # Two tokens at 100 ms, three at 130 ms, a chunk without one, one at 190 ms.
+    chunks = tuple(ms * MS for ms in (100, 130, 150, 190))
+    latency = chunked(chunks, 100, 100, 130, 130, 130, 190)
+    assert latency.itl == pytest.approx([0.030, 0.020, 0.040])
+    assert latency.tpot == pytest.approx(0.090 / 5)
+    assert (latency.ttft, latency.e2e) == pytest.approx((0.100, 0.190))
+    gaps = latency.to_frame()["itl"]
+    assert gaps.fillna(-1).tolist() == pytest.approx([-1, -1, 0.030, -1, -1, 0.040])
+    second = summarize([latency], definitions="aiperf").time_to_second_token
+    assert second.max == pytest.approx(30)
+
+
+def test_chunks_of_unknown_times_give_no_gap():
+    latency = chunked((), 100, 190, 190)
+    assert latency.itl == []
+    assert latency.tpot == pytest.approx(0.045)
+    assert latency.to_frame()["itl"].isna().all()
+    assert summarize([latency]).itl.count == 0
+    assert summarize([latency], definitions="aiperf").time_to_second_token.mean is None
+
+
+def test_chunks_survive_json_and_are_left_out_where_each_is_a_token():
+    assert "chunks" not in request(3, 4, 9).trace.to_dict()
+    for chunks in ((), (3 * MS, 9 * MS)):
+        trace = chunked(chunks, 3, 9, 9).trace
+        assert Trace.from_dict(json.loads(json.dumps(trace.to_dict()))) == trace
+
+
+def test_chunks_that_run_backwards_are_refused():
+    with pytest.raises(OptionError, match="backwards"):
+        chunked((9 * MS, 3 * MS), 3, 9)
+
+
 def test_latency_reads_well_in_terminal_and_notebook():
     latency = request(100, 120, 150)
     assert repr(latency) == "<Latency queue=1.0ms ttft=100.0ms tpot=25.0ms e2e=150.0ms, 3 tokens>"

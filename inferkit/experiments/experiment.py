@@ -160,6 +160,36 @@ class Experiment:
             ) from None
         return target
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        kind: str | None = None,
+        *,
+        overwrite: bool = False,
+        other: Experiment | None = None,
+    ) -> Path:
+        """Write it in another form.
+
+        Args:
+            path: Of the file.
+            kind: "html", a report in one page that works offline; "csv" or "parquet", a row for
+                each request; "vllm", the JSON of ``vllm bench serve --save-result
+                --save-detailed``; "aiperf", AIPerf's JSONL. None goes by the end of the name:
+                .html, .csv, .parquet, .jsonl (AIPerf's).
+            overwrite: Replace a file that is there.
+            other: An experiment to compare it with, in a report.
+
+        Raises:
+            OptionError: There is a file already, or it does not say which form.
+            ExperimentError: It cannot be written.
+        """
+        from inferkit.experiments import exports, report
+
+        target = Path(path).expanduser()
+        if kind == "html" or (kind is None and target.suffix.lower() in (".html", ".htm")):
+            return report.to_html(self, target, overwrite=overwrite, other=other)
+        return exports.write(self, target, kind, overwrite=overwrite)
+
     # -- shown ----------------------------------------------------------------------------------
 
     @property

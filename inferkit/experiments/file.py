@@ -389,7 +389,8 @@ def decode(data: bytes, where: str) -> ExperimentFile:
         ) from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ExperimentError(
-            f'{where} is no experiment of inferkit\'s: it lacks "format": "{FORMAT}".'
+            f'{where} is no experiment of inferkit\'s: it lacks "format": "{FORMAT}". Files of '
+            "vLLM's, AIPerf's and GuideLLM's benchmarks are read by ik.import_experiment."
         )
     version = head.get("version")
     if not isinstance(version, int) or version < 1:

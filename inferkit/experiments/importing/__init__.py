@@ -1,0 +1,1 @@
+"""Readers of the files of other benchmarks, a module for each tool."""
