@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,7 +90,8 @@ def test_it_says_what_it_ran_on_and_nothing_of_who_ran_it(
     env = recorded.environment
     assert env.packages["torch"]
     assert env.devices[-1].name == "cpu"
-    text = path.read_text(encoding="utf-8")
+    # In base64 a short name may be found that nobody wrote.
+    text = re.sub(r'"zlib":"[^"]*"', "", path.read_text(encoding="utf-8"))
     for secret in (str(Path.home()), str(path.parent), os.uname().nodename, str(model.path)):
         assert secret not in text
 

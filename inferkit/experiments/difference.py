@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["Contrast", "Difference", "Outputs", "Setting", "Table"]
+__all__ = ["Contrast", "Difference", "Outputs", "Setting", "Table", "first_difference"]
 
 QUANTITIES = {
     f.name: f
@@ -209,7 +209,7 @@ class Difference:
         if not known:
             return None
         differing = tuple(
-            (i, j, _first_difference(one, other)) for i, j, one, other in known if one != other
+            (i, j, first_difference(one, other)) for i, j, one, other in known if one != other
         )
         return Outputs(len(known), len(known) - len(differing), differing)
 
@@ -559,7 +559,8 @@ def _pooled(side: Iterable[Sequence[float]]) -> float:
     return statistics.median(values) if values else math.nan
 
 
-def _first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """Position from which two unlike outputs differ: the shorter's end, where one goes on."""
     unlike = (i for i, (x, y) in enumerate(zip(one, other)) if x != y)
     return next(unlike, min(len(one), len(other)))
 

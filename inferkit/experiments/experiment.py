@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from inferkit.experiments.difference import Difference
 
-__all__ = ["Experiment", "generation_of", "open", "open_experiment"]
+__all__ = ["Experiment", "checked_pause", "generation_of", "open", "open_experiment", "opened"]
 
 _SHOWN = 20  # requests that a table of an experiment has
 
@@ -213,9 +212,7 @@ class Experiment:
             **{name: getattr(gen.latency, name) for name in names},
         }
 
-    @cached_property
-    def _header(self) -> tuple[str, ...]:
-        return ("model", "mode", "prompt", "text", "finish", "tokens", "TTFT ms", "TPOT ms")
+    _HEADER = ("model", "mode", "prompt", "text", "finish", "tokens", "TTFT ms", "TPOT ms")
 
     def _rows(self) -> Sequence[Sequence[object]]:
         rows = []
@@ -250,11 +247,11 @@ class Experiment:
     def __repr__(self) -> str:
         parts = [self._caption()]
         if self._ended:
-            parts.append(text_table(self._header, self._rows()))
+            parts.append(text_table(self._HEADER, self._rows()))
         return "\n".join(part for part in (*parts, self._footer()) if part)
 
     def _repr_html_(self) -> str:
-        return table(self._header, self._rows(), caption=self._caption(), note=self._footer())
+        return table(self._HEADER, self._rows(), caption=self._caption(), note=self._footer())
 
 
 def open_experiment(path: str | os.PathLike[str]) -> Experiment:
@@ -276,6 +273,18 @@ def open_experiment(path: str | os.PathLike[str]) -> Experiment:
                 f"{Path(path).name} is damaged or was edited: request {number}: {error}"
             ) from None
     return Experiment(file, Path(path).expanduser())
+
+
+def opened(experiment: Experiment | str | os.PathLike[str]) -> Experiment:
+    """An experiment as it is, or the one at a path; errors as for `open_experiment`."""
+    return experiment if isinstance(experiment, Experiment) else open_experiment(experiment)
+
+
+def checked_pause(pause: Any) -> float:
+    """Seconds that nothing may happen, or an OptionError."""
+    if not isinstance(pause, int | float) or isinstance(pause, bool) or not pause >= 0:
+        raise OptionError(f"pause={pause!r}: give seconds, 0 or more.")
+    return float(pause)
 
 
 def generation_of(one: RequestEntry) -> Generation:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.errors import ExperimentError, InferkitError, OptionError
-from inferkit.experiments.environment import environment
-from inferkit.experiments.experiment import Experiment, generation_of, open_experiment
+from inferkit.experiments.difference import Difference, first_difference
+from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
 from inferkit.experiments.recording import Recording
 from inferkit.footprint import QUANTIZE_MODES
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from inferkit.engine import Request
-    from inferkit.experiments.difference import Difference
     from inferkit.generation import Generation
 
 __all__ = ["Outcome", "Replay", "replay"]
@@ -270,11 +269,9 @@ def replay(
         InferkitError: As for `inferkit.load` and `Model.quantize`, where it does not fit or does
             not run here.
     """
-    recorded = experiment if isinstance(experiment, Experiment) else open_experiment(experiment)
-    if not isinstance(pause, int | float) or isinstance(pause, bool) or not pause >= 0:
-        raise OptionError(f"pause={pause!r}: give seconds, 0 or more.")
+    recorded, most = opened(experiment), checked_pause(pause)
     _check_can_run(recorded)
-    run = _Run(recorded, device, dtype, float(pause), progress)
+    run = _Run(recorded, device, dtype, most, progress)
     with ExitStack() as stack:
         for number in sorted({one.model for one in recorded.file.requests}):
             entry = recorded.file.models[number]
@@ -448,6 +445,7 @@ class _Run:
     def replay(self) -> Replay:
         """Run all parts, one after the other."""
         recording = Recording(f"replay of {self.recorded.name}", None)
+        self._here = recording.experiment.environment
         parts = _parts(self.recorded)
         interrupted = False
         for model in self.models.values():
@@ -518,8 +516,7 @@ class _Run:
 
     def _asked(self, number: int) -> tuple[list[int], SamplingParams]:
         one = self.recorded.file.requests[number]
-        known = {f.name for f in fields(SamplingParams)}
-        params = SamplingParams.of({k: v for k, v in one.params.items() if k in known})
+        params = generation_of(one).params
         prompt, count = unpack(one.prompt_token_ids), len(unpack(one.tokens))
         params = replace(params, seed=one.seed)
         if one.finish_reason not in ("stop", "length", "error") or self.recorded.redacted:
@@ -588,7 +585,7 @@ class _Run:
                 return
             recorded = self.recorded.file.requests[number]
             got = self._requests[number].result()
-            at = _first_difference(got, generation_of(recorded))
+            at = _where_they_part(got, generation_of(recorded))
             plain = got.params.temperature == 0 and got.params.repetition_penalty == 1
             ids = unpack(recorded.token_ids)
             if at is None or not plain or at >= min(len(ids), len(got.token_ids)):
@@ -609,7 +606,7 @@ class _Run:
         if self.recorded.redacted:
             reason = "outputs were left out of the recording"
             return Outcome(number, recorded, got, None, None, "not compared", reason)
-        at = _first_difference(got, recorded)
+        at = _where_they_part(got, recorded)
         if at is None and got.finish_reason == "error" and one.finish_reason != "error":
             return Outcome(
                 number, recorded, got, len(got.token_ids), None, "differs", str(got.error)
@@ -646,7 +643,7 @@ class _Run:
     def _what_differs(self, one: RequestEntry) -> list[str]:
         """Of where and how it ran, what is not as in the recording."""
         model = self.models[one.model]
-        then, now = self.recorded.environment, environment()
+        then, now = self.recorded.environment, self._here
         entry = self.recorded.file.models[one.model]
         pairs = {
             "dtype": (entry.dtype, model.dtype),
@@ -695,13 +692,10 @@ def _as_it_was(model: Model, progress: Progress) -> Iterator[None]:
                 model.configure(batching=policy, compile=compile)
 
 
-def _first_difference(got: Generation, recorded: Generation) -> int | None:
-    """Where the first output token differs; a longer output differs where the other ends."""
+def _where_they_part(got: Generation, recorded: Generation) -> int | None:
+    """Where the first output token differs, if one does."""
     a, b = got.token_ids, recorded.token_ids
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
-    if at is not None or len(a) == len(b):
-        return at
-    return min(len(a), len(b))
+    return None if a == b else first_difference(a, b)
 
 
 def _gap(model: Model, sequence: Sequence[int], came: int, recorded: int) -> float:

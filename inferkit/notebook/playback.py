@@ -21,7 +21,7 @@ from typing import Any, cast
 from inferkit.engine import Request
 from inferkit.engine.engine import StepRecord
 from inferkit.errors import OptionError
-from inferkit.experiments.experiment import Experiment, generation_of, open_experiment
+from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, unpack
 from inferkit.generation import Generation
 from inferkit.model import Model
@@ -46,8 +46,7 @@ def play(experiment: Experiment | str | os.PathLike[str], *, pause: float = 1.0)
         ExperimentError: It cannot be read.
         OptionError: It has no requests, or ``pause`` is no time.
     """
-    found = experiment if isinstance(experiment, Experiment) else open_experiment(experiment)
-    return Playback(found, pause=pause)
+    return Playback(opened(experiment), pause=pause)
 
 
 class Playback(LivePlot):
@@ -61,11 +60,10 @@ class Playback(LivePlot):
     def __init__(self, experiment: Experiment, *, pause: float = 1.0, **traits: Any) -> None:
         if not experiment.file.requests:
             raise OptionError(f"The experiment {experiment.name!r} has no requests to play.")
-        if not isinstance(pause, int | float) or isinstance(pause, bool) or not pause >= 0:
-            raise OptionError(f"pause={pause!r}: give seconds, 0 or more.")
+        most = checked_pause(pause)
         super().__init__(**traits)
         self.experiment = experiment
-        self._stage = _Stage(experiment, float(pause))
+        self._stage = _Stage(experiment, most)
         self._feed.attach(cast(Model, self._stage))
 
     def _ipython_display_(self, **options: Any) -> None:
