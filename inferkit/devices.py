@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import re
 import shutil
@@ -168,7 +169,8 @@ def resolve_dtype(
     CPUs with AVX-512 BF16, AMX or Arm BF16), except that a float16 checkpoint stays float16 on
     CUDA, because bfloat16 would round its weights; float16 on older CUDA devices and MPS; float32
     on other CPUs. With several devices the accelerators decide, and float16, which all of them
-    have, settles a difference.
+    have, settles a difference. The environment variable ``INFERKIT_DTYPE`` is what "auto" means
+    where it is set: half of the memory may count for more than the speed, as it does on Binder.
 
     Args:
         dtype: ``"auto"``, ``"bfloat16"``/``"bf16"``, ``"float16"``/``"fp16"``/``"half"``,
@@ -181,6 +183,8 @@ def resolve_dtype(
     """
     if dtype != "auto":
         return dtype_name(dtype)
+    if wanted := os.environ.get("INFERKIT_DTYPE"):
+        return dtype_name(wanted, "INFERKIT_DTYPE")
     deciding = runners(device_names)
     stored = str(checkpoint_dtype).removeprefix("torch.")
     liked = {_preferred_dtype(d, stored) for d in deciding}

@@ -424,20 +424,22 @@ def _add_gaps(figure: go.Figure, latency: Latency) -> str:
     import plotly.graph_objects as go
 
     gaps = [1e3 * gap for gap in latency.itl]
-    figure.update_xaxes(title_text="token", row=1, col=2)
+    unit = "token" if latency.trace.chunks is None else "chunk"
+    figure.update_xaxes(title_text=unit, row=1, col=2)
     figure.update_yaxes(title_text="ITL (ms)", rangemode="tozero", row=1, col=2)
     if not gaps or latency.tpot is None:
-        say(figure, "no gap: fewer than two tokens", 1, 2)
+        few = f"no gap: fewer than two {unit}s"
+        say(figure, few if latency.trace.output else "no gap: times are not known", 1, 2)
         return ""
     at = _thin_to_extremes(gaps, _POINTS_A_LINE)
     line = go.Scatter(
-        x=[i + 2 for i in at],  # the first gap is the one before the second token
+        x=[i + 2 for i in at],  # the first gap is the one before the second
         y=[gaps[i] for i in at],
         mode="lines+markers" if len(gaps) <= 200 else "lines",
         line={"color": BLUE, "width": 1.2},
         marker={"size": 5},
         showlegend=False,
-        hovertemplate="token %{x}: %{y:.2f} ms<extra></extra>",
+        hovertemplate=f"{unit} %{{x}}: %{{y:.2f}} ms<extra></extra>",
     )
     figure.add_trace(line, row=1, col=2)
     tpot = 1e3 * latency.tpot

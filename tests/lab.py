@@ -212,7 +212,12 @@ def serve(home: Path, folder: Path) -> Iterator[Lab]:
     }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home)}
+    environment = os.environ | {
+        "JUPYTER_CONFIG_DIR": str(home),
+        "JUPYTER_DATA_DIR": str(home),
+        # As on Binder; and a few rows at a time are quicker so on every processor.
+        "INFERKIT_DTYPE": "bfloat16",
+    }
     log = home / "server.log"
     with log.open("w") as lines:
         server = subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)

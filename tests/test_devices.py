@@ -202,15 +202,26 @@ def test_a_gpu_that_does_not_answer_is_told_and_listed_without_memory(monkeypatc
     ],
 )
 def test_auto_dtype_is_what_the_accelerator_is_good_at(monkeypatch, names, stored, expected):
+    monkeypatch.delenv("INFERKIT_DTYPE", raising=False)
     _pretend(monkeypatch, [(9, 0), (7, 5)], mps=True)
     assert dev.resolve_dtype("auto", names, stored) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
-def test_auto_dtype_on_this_cpu_agrees_with_the_flags_of_the_kernel():
+def test_auto_dtype_on_this_cpu_agrees_with_the_flags_of_the_kernel(monkeypatch):
+    monkeypatch.delenv("INFERKIT_DTYPE", raising=False)
     _, flags = dev._cpuinfo()
     native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     assert dev.resolve_dtype("auto", ["cpu"]) == ("bfloat16" if native else "float32")
+
+
+def test_the_environment_may_say_what_auto_is(monkeypatch):
+    monkeypatch.setenv("INFERKIT_DTYPE", "bf16")
+    assert dev.resolve_dtype("auto", ["cpu"]) == "bfloat16"
+    assert dev.resolve_dtype("float32", ["cpu"]) == "float32"
+    monkeypatch.setenv("INFERKIT_DTYPE", "int8")
+    with pytest.raises(OptionError, match="INFERKIT_DTYPE='int8'"):
+        dev.resolve_dtype("auto", ["cpu"])
 
 
 def test_dtype_names_and_torch_dtypes_are_read():

@@ -24,6 +24,7 @@ from inferkit.experiments import recording, replay
 from inferkit.experiments.environment import environment, scrubbed
 
 ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "notebooks" / "experiments"
 SCHEMA = ROOT / "inferkit" / "experiments" / "schemas" / "experiment-1.json"
 PROMPTS = [list(range(5, 5 + n)) for n in (1, 7, 30, 3)]
 OPTIONS: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
@@ -524,3 +525,50 @@ def test_the_command_line_checks_and_exports(
     assert main(["replay", str(path), "--model", folder, "--check"]) == 1
     path.write_bytes(b"{")
     assert main(["replay", str(path)]) == 2
+
+
+# -- several models, and the committed examples ----------------------------------------------------
+
+
+def test_several_models_run_again_beside_each_other(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
+    with (
+        ik.load(tiny_model("llama"), name="a", progress=False, **options) as a,
+        ik.load(tiny_model("qwen3"), name="b", progress=False, **options) as b,
+        ik.record("both", path=path, progress=False),
+    ):
+        requests = [model.submit(PROMPTS[1], **OPTIONS) for model in (a, b, a, b)]
+        for request in requests:
+            request.result()
+    folders = {"a": tiny_model("llama"), "b": tiny_model("qwen3")}
+    again = ik.replay(path, model=folders, progress=False)
+    assert again.exact, again
+    assert [entry.name for entry in again.measured.file.models] == ["a", "b"]
+    assert [one.model for one in again.measured.file.requests] == [0, 1, 0, 1]
+    assert ik.models() == []
+
+
+def test_the_examples_say_where_they_are_from() -> None:
+    there = {path.name: ik.open(path) for path in EXAMPLES.glob("*.inferkit.json")}
+    assert set(there) == {"demo-cpu.inferkit.json", "demo-h200.inferkit.json"}
+    for exp in there.values():
+        assert exp.complete
+        assert len(exp.generations) == 15
+        assert exp.file.models[0].files
+    assert "NVIDIA H200" in there["demo-h200.inferkit.json"].origin
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_example_of_the_demo_model_is_reproduced(demo_model_path: Path) -> None:
+    # In bf16, where other processors round in other ways: --check accepts that and nothing else.
+    command = [sys.executable, "-m", "inferkit", "replay", "--check", "--json"]
+    example = EXAMPLES / "demo-cpu.inferkit.json"
+    done = subprocess.run([*command, str(example)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["verdict"].startswith("Reproduced")
+    assert len(told["outcomes"]) == 15

@@ -513,3 +513,32 @@ def test_a_saved_notebook_shows_everything_without_a_kernel(folder: Path, tmp_pa
     failed = made.cells[4].outputs
     assert not any("Traceback" in str(o) for o in failed)
     assert "did you mean %infer load?" in str(failed)
+
+
+# -- experiments ----------------------------------------------------------------------------------
+
+
+def test_recorded_replayed_and_shared(
+    model: ik.Model, terminal: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "one-run.inferkit.json; %infer record --stop ends it" in terminal.run(
+        '%infer record "one run"'
+    )
+    assert "'one run' is recorded already" in terminal.fails("%infer record another")
+    terminal.run("%%infer --max-tokens 5 --seed 1\nOnce upon a time")
+    said = terminal["_infer"]
+    assert "Experiment 'one run': 1 request" in terminal.run("%infer record --stop --to kept")
+    assert terminal["kept"] is terminal["_infer"]
+    assert [gen.text for gen in terminal["kept"].generations] == [said.text]
+    assert "Nothing is recorded" in terminal.fails("%infer record --stop")
+    assert "Give it a name" in terminal.fails("%infer record")
+    assert "exists already" in terminal.fails('%infer record "one run"')
+
+    assert "Reproduced: 1 of 1" in terminal.run("%infer replay one-run.inferkit.json --to again")
+    assert terminal["again"].exact
+    assert "nothing.json" in terminal.fails("%infer replay nothing.json")
+
+    assert "repo=" in terminal.fails("%infer share")  # no clone here
+    told = terminal.run("%infer share --repo owner/name --ref main --notebook a.ipynb")
+    assert "https://mybinder.org/v2/gh/owner/name/main?urlpath=lab/tree/a.ipynb" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from limited import run_limited
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -20,20 +22,26 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "notebooks" / "01-quickstart.ipynb"
 QUANTIZATION = ROOT / "notebooks" / "02-quantization.ipynb"
 PANEL = ROOT / "notebooks" / "03-panel.ipynb"
+EXPERIMENTS = ROOT / "notebooks" / "04-experiments.ipynb"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
 SVG = "image/svg+xml"
+MEMORY = 2 << 30  # bytes that mybinder.org gives a session
 FEW_WORDS = "It was the White Rabbit, trotting slowly back again, and looking anxiously about."
 MACHINE_PATH = re.compile(r"(?<![\w.~])/(?:home|mnt|opt|private|root|tmp|usr|Users|var|work)/\S+")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `execute.py` gave: exit status, what it printed, and the folder it wrote to."""
+    """What `execute.py` gave: exit status, what it printed, and the folder it wrote to.
+
+    ``peak`` is the most memory that it took at once, in bytes.
+    """
 
     status: int
     stdout: str
     stderr: str
+    peak: int
     out: Path
     source: Path
 
@@ -47,12 +55,12 @@ class Run:
 
 
 def run(source: Path, out: Path, *options: str) -> Run:
-    """Execute a notebook with the script that `make demo` uses."""
-    command = [sys.executable, str(ROOT / "notebooks" / "execute.py"), str(source)]
-    done = subprocess.run(
-        [*command, "--out", str(out), *options], capture_output=True, text=True, check=False
-    )
-    return Run(done.returncode, done.stdout, done.stderr, out, source)
+    """Execute a notebook with the script that `make demo` uses, as on Binder: in 2 GB."""
+    start, script = ROOT / "binder" / "start", ROOT / "notebooks" / "execute.py"
+    command = [start, sys.executable, script, source, "--out", out, *options]
+    done = run_limited([str(word) for word in command], MEMORY)
+    assert not done.killed, f"more memory than Binder has\n{done.stderr}"
+    return Run(done.status, done.stdout, done.stderr, done.peak, out, source)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
@@ -182,19 +190,23 @@ class TestQuickstart:
 def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
-    # Two of its modes, one batch and few tokens: the whole of it takes minutes.
+    # Two of its modes, one batch, few tokens and a short text: the whole of it takes minutes.
+    short = (
+        "from inferkit import reference\n"
+        f"reference.PROMPTS, reference.default_text = ('1, 2, 3,',), lambda: {FEW_WORDS!r}\n"
+    )
     parts = {
+        "ik.devices()": f"{short}ik.devices()",
         '"none", "int8", "nf4", "fp4"': '"none", "nf4"',
         "[1, 4]": "4",
         "repeat=3": "repeat=1",
-        "max_tokens=8,": "max_tokens=4, repeat=2,",
+        "max_tokens=8,": "max_tokens=4, repeat=1,",
         "max_tokens=32": "max_tokens=8",
         "[4, 16] * 4": "[2, 6] * 2",
         '("always", "never")': '("always",)',
-        '"Once upon a time"], progress': '"Once upon a time"], **few, progress',
+        '"Once upon a time"], progress': '"Once upon a time"], max_tokens=4, progress',
         "double_quant=True, progress=False), progress": "double_quant=True, progress=False), "
-        "**few, progress",
-        "options = dict(": f"few = dict(text={FEW_WORDS!r}, max_tokens=4)\noptions = dict(",
+        "max_tokens=4, progress",
     }
     fresh = run_smaller(QUANTIZATION, tmp_path, parts)
     assert fresh.status == 0, fresh.stderr
@@ -216,7 +228,7 @@ def test_panel_notebook_keeps_what_the_panel_showed_last(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
     fresh = run_smaller(
-        PANEL, tmp_path, {"max_tokens=48": "max_tokens=8", "-tokens 40": "-tokens 9"}
+        PANEL, tmp_path, {"max_tokens=48": "max_tokens=4", "-tokens 40": "-tokens 9"}
     )
     assert fresh.status == 0, fresh.stderr
     assert_like_its_committed_copy(fresh)
@@ -226,10 +238,34 @@ def test_panel_notebook_keeps_what_the_panel_showed_last(
     assert len(re.findall(r"^ ?\d+ .* length ", table.data["text/plain"], re.MULTILINE)) == 20
     figure = next(o.data[PLOTLY] for o in outputs(fresh.notebook) if PLOTLY in o.get("data", {}))
     itl = next(trace for trace in figure["data"] if trace["name"] == "ITL")
-    assert len(itl["y"]) == 36 * 7  # three runs of twelve requests with 8 tokens each
+    assert len(itl["y"]) == 36 * 3  # three runs of twelve requests with 4 tokens each
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_experiments_notebook_replays_what_it_recorded(
+    demo_model_path: Path, tmp_path: Path
+) -> None:
+    # The committed recording is replayed in test_experiments.py.
+    shutil.copytree(EXPERIMENTS.parent / "experiments", tmp_path / "experiments")
+    parts = {
+        "max_tokens=24": "max_tokens=4",
+        'ik.replay("experiments/demo-cpu.inferkit.json"': "ik.replay(mine",
+    }
+    fresh = run_smaller(EXPERIMENTS, tmp_path, parts)
+    assert fresh.status == 0, fresh.stderr
+    assert_like_its_committed_copy(fresh)
+    assert "Reproduced: 8 of 8 requests gave the recorded tokens" in fresh.stdout
+    played = cell_with(fresh.notebook, "ik.play(theirs").outputs
+    assert any("H200" in o.data.get("text/plain", "") for o in played if "data" in o)
+    assert any("nf4" in o.data[SVG] for o in played if SVG in o.get("data", {}))
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert (tmp_path / "what-a-batch-gives.inferkit.json").is_file()
 
 
 def assert_like_its_committed_copy(fresh: Run) -> None:
+    assert fresh.peak <= MEMORY
     assert [o for o in outputs(fresh.notebook) if o.output_type == "error"] == []
     assert shape(fresh.notebook) == shape(nbformat.read(fresh.source, as_version=4))
 

@@ -358,8 +358,10 @@ def _take_packed_weights_as_inputs() -> None:
 
     Its own rule takes constants alone, which it may try kernels on, and would put into the code.
     """
-    import torch._inductor.mkldnn_lowerings  # its rules, one of which is replaced
     from torch._inductor.ir import TensorBox
+
+    # Makes inductor's own rules known, one of which is replaced. Before torch 2.13 the module that
+    # has them, mkldnn_lowerings, cannot be imported ahead of this one.
     from torch._inductor.lowering import register_lowering
     from torch._inductor.mkldnn_ir import LinearUnary
 

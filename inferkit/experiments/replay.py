@@ -46,6 +46,7 @@ proportion, with room for the layers before.
 
 _PATIENCE = 600.0  # seconds to wait for the compiled step
 _TICK = 0.1
+_OWN_NAME = "replay of "  # before the name of a model that is loaded for it
 _SCORED = 16  # differing requests of a part of the run whose logits are looked at
 _SHOWN = 20
 
@@ -422,7 +423,7 @@ class _Run:
             max_batch=mode.max_batch,
             context=mode.context,
             revision=source.revision,
-            name=f"replay of {entry.name}",
+            name=f"{_OWN_NAME}{entry.name}",
             prefix_reuse=entry.prefix_reuse,
             prefill_chunk=entry.prefill_chunk or PREFILL_CHUNK,
             compile=False,
@@ -466,6 +467,8 @@ class _Run:
             for request in self._requests.values():
                 request.result()
             recording.stop()
+        for entry in measured.file.models:  # here under a name of its own, beside what is loaded
+            entry.name = entry.name.removeprefix(_OWN_NAME)
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
             outcomes = [_unfinished(o) for o in outcomes]
@@ -556,7 +559,7 @@ class _Run:
 
     def _compile(self, model: Model, wanted: bool) -> None:
         """Have the decode step run as it did, and not change on the way."""
-        model.configure(compile=wanted)
+        model.configure(compile="auto" if wanted else False)
         if wanted and not model.compilation.wait(_PATIENCE):
             reason = model.compilation.reason or "it took too long"
             note = f"the decode step was compiled in the recording and is not here: {reason}"

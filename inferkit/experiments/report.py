@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit.errors import ExperimentError
 from inferkit.experiments.difference import QUANTITIES, Difference, Table
 from inferkit.experiments.experiment import Experiment, generation_of
-from inferkit.experiments.file import ModeEntry, RequestEntry, check_free, unpack, write_bytes
+from inferkit.experiments.file import ModeEntry, RequestEntry, check_free, write_bytes
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary
 from inferkit.trace import NS
@@ -284,7 +284,7 @@ def itl_over_time(exp: Experiment) -> go.Figure:
         )
         figure.add_trace(dots)
     if not found:
-        say(figure, "no gap: no request has two tokens", 1, 1)
+        say(figure, "no gap: no request has two tokens whose times are known", 1, 1)
     figure.update_xaxes(title_text="time since the beginning (s)", rangemode="tozero")
     figure.update_yaxes(title_text="ITL (ms)", rangemode="tozero")
     note = f"thinned to {shown:,} of {total:,} gaps" if shown < total else f"{total:,} gaps"
@@ -296,8 +296,9 @@ def itl_over_time(exp: Experiment) -> go.Figure:
 
 
 def _gaps(number: int, one: RequestEntry) -> Iterator[tuple[float, float, int]]:
-    """For each token of a request but its first: seconds, ms since the one before, the request."""
-    for time, gap in zip(unpack(one.tokens)[1:], generation_of(one).latency.itl):
+    """For each output of a request but its first: seconds, ms since the one before, the request."""
+    latency = generation_of(one).latency
+    for time, gap in zip(latency.trace.output[1:], latency.itl):
         yield time * NS, 1e3 * gap, number
 
 

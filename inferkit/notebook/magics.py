@@ -150,9 +150,11 @@ class InferMagics(Magics):
             raise UsageError('Give it a name: %infer record "nf4 against bf16"')
         options = given(arguments, ("path", "redact", "overwrite"))
         recording = ik.record(arguments.name, **options)
-        self._variables.update({name: recording.start() for name in (target,) if name})
+        experiment = recording.start()
         self._recording = recording
-        print(f"Recording to {recording.experiment.path}; %infer record --stop ends it.")
+        if target:
+            self._variables[target] = experiment
+        print(f"Recording to {experiment.path}; %infer record --stop ends it.")
 
     def _replay(self, arguments: argparse.Namespace) -> None:
         target = _target(arguments)

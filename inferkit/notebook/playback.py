@@ -21,7 +21,13 @@ from typing import Any, cast
 from inferkit.engine import Request
 from inferkit.engine.engine import StepRecord
 from inferkit.errors import OptionError
-from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
+from inferkit.experiments.experiment import (
+    Experiment,
+    checked_pause,
+    generation_of,
+    opened,
+    trace_of,
+)
 from inferkit.experiments.file import ModeEntry, unpack
 from inferkit.generation import Generation
 from inferkit.model import Model
@@ -69,6 +75,8 @@ class Playback(LivePlot):
     def _ipython_display_(self, **options: Any) -> None:
         where = f"Playback of {self.experiment.name!r}: {self.experiment.origin}. "
         text = f"{where}Nothing runs: these are the recorded times."
+        if any(trace_of(one).chunks is not None for one in self.experiment.file.requests):
+            text += " Tokens that arrived in one chunk are shown at once."
         html = f'<div class="inferkit" style="opacity:.8">{escape(text)}</div>'
         if not self._closed:
             show({"text/html": html, "text/plain": text})
@@ -229,10 +237,12 @@ class _Stage:
         self._count()
 
     def _step(self, numbers: Sequence[int], moment: int) -> None:
-        prefill = 0
+        prefill = decode = 0
         for number in numbers:
             request, one = self._live[number], self._file.requests[number]
-            if not request.generated:
+            if request.generated:
+                decode += 1
+            else:
                 prefill += one.prompt_tokens - one.cached_tokens
             ids = unpack(one.token_ids)
             token = ids[request.generated] if ids else 0
@@ -245,7 +255,7 @@ class _Stage:
                 ended=moment,
                 forward=0,
                 prefill_tokens=prefill,
-                decode_tokens=len(numbers),
+                decode_tokens=decode,
                 running=self.running,
                 waiting=self.waiting,
                 kv_bytes=0,
