@@ -73,6 +73,19 @@ _READY = """async () => {
   await session.session.kernel.info;
 }"""
 
+# Notes what is drawn on each canvas since it was cleared last: the dots and the texts.
+NOTE_WHAT_IS_PAINTED = """
+  for (const name of ["clearRect", "fillRect", "fillText"]) {
+    const draw = CanvasRenderingContext2D.prototype[name];
+    CanvasRenderingContext2D.prototype[name] = function (...given) {
+      if (name === "clearRect") this.canvas.painted = { dots: 0, texts: [] };
+      else if (name === "fillRect") this.canvas.painted.dots++;
+      else this.canvas.painted.texts.push(given[0]);
+      return draw.apply(this, given);
+    };
+  }
+"""
+
 
 @dataclass(frozen=True)
 class Lab:

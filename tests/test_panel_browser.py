@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import nbformat
 import pytest
-from lab import DARK, LIGHT, Lab, Tab, open_notebook
+from lab import DARK, LIGHT, NOTE_WHAT_IS_PAINTED, Lab, Tab, open_notebook
 from playwright.sync_api import Browser, Locator, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
@@ -45,19 +45,6 @@ PANEL, BUSY, GENERATE, MAGIC, PROMPTS, COUNT = range(len(CELLS))
 NOTEBOOK = "jupyterapp.shell.currentWidget.content"
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 FAILED = "[data-mime-type$='.error'], .jp-CodeCell:has(.inferkit-panel) [data-mime-type$='stderr']"
-
-# Notes what is drawn on each canvas since it was cleared last: the dots and the texts.
-NOTE_WHAT_IS_PAINTED = """
-  for (const name of ["clearRect", "fillRect", "fillText"]) {
-    const draw = CanvasRenderingContext2D.prototype[name];
-    CanvasRenderingContext2D.prototype[name] = function (...given) {
-      if (name === "clearRect") this.canvas.painted = { dots: 0, texts: [] };
-      else if (name === "fillRect") this.canvas.painted.dots++;
-      else this.canvas.painted.texts.push(given[0]);
-      return draw.apply(this, given);
-    };
-  }
-"""
 
 # The length of a request's text and the dots of the plot, as they are until the request ends.
 WATCH = """async number => {

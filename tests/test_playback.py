@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import DARK, LIGHT, Lab, Tab, open_notebook
+from lab import DARK, LIGHT, NOTE_WHAT_IS_PAINTED, Lab, Tab, open_notebook
 from measured import MS, experiment, request, small
 from playwright.sync_api import Browser
 
@@ -143,7 +143,8 @@ def tab(browser: Browser, lab: Lab) -> Iterator[Tab]:
     source = (RECORDED / "demo-h200.inferkit.json").read_bytes()
     (lab.folder / "h200.inferkit.json").write_bytes(source)
     cells = ("import inferkit as ik\nplay = ik.play('h200.inferkit.json', pause=0.2)\nplay",)
-    tab = open_notebook(browser, lab, lab.write("play.ipynb", *cells, "print(play.wait())"))
+    name = lab.write("play.ipynb", *cells, "print(play.wait())")
+    tab = open_notebook(browser, lab, name, script=NOTE_WHAT_IS_PAINTED)
     tab.page.set_viewport_size({"width": 1100, "height": 1000})
     tab.run(0)
     yield tab
