@@ -22,6 +22,7 @@ from traitlets.config import Config
 import inferkit as ik
 from inferkit.generation import Generations
 from inferkit.notebook.commands import COMMANDS, split
+from inferkit.notebook.completion import loaded_models
 from inferkit.notebook.display import output_rate
 from inferkit.notebook.variables import interpolate
 
@@ -542,3 +543,11 @@ def test_recorded_replayed_and_shared(
     assert "repo=" in terminal.fails("%infer share")  # no clone here
     told = terminal.run("%infer share --repo owner/name --ref main --notebook a.ipynb")
     assert "https://mybinder.org/v2/gh/owner/name/main?urlpath=lab/tree/a.ipynb" in told
+
+
+def test_completion_sees_no_models_while_another_thread_imports_what_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = types.ModuleType("inferkit.registry")  # as it is at the begin of its import
+    monkeypatch.setitem(sys.modules, "inferkit.registry", half)
+    assert loaded_models() == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -278,6 +279,7 @@ def test_the_example_in_the_readme_runs(demo_model_path: Path) -> None:
     example = smaller(example, {"max_tokens=64": "max_tokens=8", "ik.fidelity(model)": few})
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", example],
+        env=os.environ | {"INFERKIT_DTYPE": "bfloat16"},
         capture_output=True,
         text=True,
         check=False,

@@ -385,7 +385,7 @@ def test_text_and_plot_grow_while_tokens_come(panel: PanelView) -> None:
 
 
 def test_eight_copies_run_at_once(panel: PanelView) -> None:
-    panel.fill({"Prompt": ONCE, "Ignore end token": True})
+    panel.fill({"Prompt": ONCE, "Max tokens": "24", "Ignore end token": True})
     cards = panel.sent(panel.button("Send copies").click, 8)
     expect(panel.now).to_contain_text("8 running, 0 waiting")
     for card in cards:

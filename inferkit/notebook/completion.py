@@ -57,7 +57,9 @@ def matcher() -> Matcher:
 def loaded_models() -> list[Model]:
     """The models of this process; imports nothing, for without the registry there is none."""
     registry = sys.modules.get("inferkit.registry")
-    return [] if registry is None else list(registry.models())
+    # Another thread may be in the middle of its import, as a panel's is that loads the first model.
+    models = getattr(registry, "models", None)
+    return [] if models is None else list(models())
 
 
 def loaded_names() -> list[str]:
