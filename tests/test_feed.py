@@ -689,6 +689,22 @@ def test_changes_of_mode_are_marked_when_they_are_seen(
     assert view.requests[2]["mode"] == "nf4"
 
 
+def test_a_change_is_marked_before_the_request_that_came_after_it(
+    own: ik.Model, feed: Feed
+) -> None:
+    feed.attach(own)
+    own.generate("Once", **SIX)
+    view = View().take(feed.poll())
+    own.configure(max_batch=2)
+    request = own.submit("Once", **SIX)
+    request.result()
+    time.sleep(0.05)
+    view.take(feed.poll())
+    [(when, label)] = view.marks
+    assert label == "max batch 2"
+    assert when <= (request.arrival - feed.epoch) * 1e-9
+
+
 def test_another_model_is_marked_at_once(feed: Feed) -> None:
     one, other = stage(name="one"), stage(name="other")
     feed.attach(one)

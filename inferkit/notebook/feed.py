@@ -96,6 +96,7 @@ class Feed:
         self.tables = {name: Table(len(columns)) for name, columns in COLUMNS.items()}
         self.marks: deque[tuple[float, str]] = deque(maxlen=_MARKS)
         self._wake = wake
+        self._looked = 0  # when it was read last
         self._model: Model | None = None
         self._engine: Engine | None = None
         self._lock = threading.RLock()
@@ -255,8 +256,12 @@ class Feed:
         # What comes meanwhile waits for the next time, or requests that are read later in this
         # loop would be ahead of the others, and rows out of order.
         until = time.perf_counter_ns()
-        self._begin_requests()
-        self._mark_changes(update)
+        begun = self._begin_requests()
+        came = min([until, *(request.arrival for request in begun)])
+        self._mark_changes(
+            max(came, self._looked), update
+        )  # some came to a model before it was ours
+        self._looked = until
         rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
         for watched in list(self._live):
             self._read(watched, until, rows, update)
@@ -281,7 +286,8 @@ class Feed:
         self._new.extend(Watched(request, 0, origin) for request in requests)
         self._wake.set()
 
-    def _begin_requests(self) -> None:
+    def _begin_requests(self) -> list[Request]:
+        begun = []
         while self._new:
             watched = self._new.popleft()
             request = watched.request
@@ -294,6 +300,8 @@ class Feed:
             watched.number = self._count
             self._live.append(watched)
             self._run.append(request)
+            begun.append(request)
+        return begun
 
     def _read(
         self,
@@ -345,7 +353,11 @@ class Feed:
             new = table.rows.copy()
         update.tables[name] = new
 
-    def _mark_changes(self, update: Update) -> None:
+    def _mark_changes(self, latest: int, update: Update) -> None:
+        """Mark a change at the latest moment at which it can have been.
+
+        What is submitted wakes who polls: a change first seen with a request came before that.
+        """
         facts, former = self.facts(), self._facts
         self._facts = facts
         if facts == former:
@@ -358,7 +370,7 @@ class Feed:
             changed = ((k, v) for k, v in facts.items() if v != former[k])
             label = ", ".join(_label(name, value) for name, value in changed)
         self._window.clear()
-        mark = (self._since(time.perf_counter_ns()), label)
+        mark = (self._since(latest), label)
         self.marks.append(mark)
         update.marks.append(mark)
 
