@@ -7,9 +7,11 @@ option that was not written is not passed on (see `given`).
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from inferkit.errors import OptionError
 from inferkit.footprint import QUANTIZE_MODES
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -84,7 +86,11 @@ SAMPLING_OPTIONS: Options = {
 """Keywords of `inferkit.Model.generate`."""
 
 REPLAY_OPTIONS: Options = {
-    "model": {"metavar": "MODEL", "help": "where the model is, if not where it was"},
+    "model": {
+        "action": "append",
+        "metavar": "MODEL",
+        "help": "where the model is, if not where it was; of several: NAME=MODEL, for each",
+    },
     "device": MODEL_OPTIONS["device"],
     "dtype": MODEL_OPTIONS["dtype"],
     "pause": {"type": float, "metavar": "S", "help": "most seconds that nothing happens (1)"},
@@ -100,6 +106,23 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("model",),
 }
 """The words that an option knows, for completion; the library checks what is written."""
+
+
+def replay_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of a replay that were written, as keywords of `inferkit.replay`.
+
+    Raises:
+        OptionError: Of several models one has no name.
+    """
+    options = given(arguments, REPLAY_OPTIONS)
+    models = options.get("model", [])
+    if len(models) > 1 and not all("=" in model for model in models):
+        raise OptionError("Of several models, say which is which: --model NAME=MODEL for each.")
+    if len(models) == 1 and ("=" not in models[0] or os.path.exists(models[0])):
+        options["model"] = models[0]
+    elif models:
+        options["model"] = dict(model.split("=", 1) for model in models)
+    return options
 
 
 def flag(name: str) -> str:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import inferkit as ik
@@ -27,7 +28,9 @@ from inferkit.arguments import (
     Options,
     flag,
     given,
+    replay_options,
 )
+from inferkit.experiments.file import check_free
 from inferkit.html import text_table
 
 if TYPE_CHECKING:
@@ -152,10 +155,14 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    found = ik.replay(arguments.experiment, **given(arguments, REPLAY_OPTIONS))
+    if arguments.save is not None:
+        check_free(Path(arguments.save), overwrite=False)  # before minutes of work
+    found = ik.replay(arguments.experiment, **replay_options(arguments))
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
     if arguments.save is not None:
         found.measured.save(arguments.save)
+    if found.interrupted:
+        return _INTERRUPTED
     good = found.exact if arguments.exact else found.ok
     return 0 if good or not (arguments.check or arguments.exact) else 1
 

@@ -20,7 +20,7 @@ import pytest
 
 import inferkit as ik
 from inferkit.experiments import file as files
-from inferkit.experiments import recording, replay
+from inferkit.experiments import recording, replay, rounding
 from inferkit.experiments.environment import environment, scrubbed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -427,7 +427,7 @@ def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     assert (first.kind, first.difference) == ("differs", 10)
     assert "the same settings and versions" in first.reason
     assert not found.ok
-    monkeypatch.setattr(replay, "_gap", lambda *_: 1e-4)
+    monkeypatch.setitem(rounding.ROUNDING, "float32", 1e6)
     found = ik.replay(path, progress=False)
     assert (found.ok, found.exact) == (True, False)
     assert found.verdict.startswith("Reproduced up to rounding")
@@ -527,6 +527,89 @@ def test_the_command_line_checks_and_exports(
     assert main(["replay", str(path)]) == 2
 
 
+def edit(path: Path, number: int, **values: Any) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["requests"][number] |= values
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.02}, {"repetition_penalty": 1.3}]
+)
+def test_a_drawn_token_that_rounding_does_not_explain_is_a_difference(
+    model: ik.Model, path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling: dict[str, Any] = {"temperature": 0.9, "seed": 5, "max_tokens": 12, "ignore_eos": True}
+    with ik.record("drawn", path=path, progress=False):
+        gen = model.generate(PROMPTS[2], **sampling, **options)
+    assert ik.replay(path, progress=False).exact
+    least = min(range(8, 100), key=lambda token: abs(token - (gen.token_ids[6] + 50) % 100))
+    edit(path, 0, token_ids=[*gen.token_ids[:6], least, *gen.token_ids[7:]])
+    monkeypatch.setattr(replay._Run, "_what_differs", lambda *_: ["torch"])
+    found = ik.replay(path, progress=False)
+    assert (found.outcomes[0].kind, found.outcomes[0].difference) == ("differs", 6)
+    assert "off the recorded token" in found.outcomes[0].reason or (
+        "not among those" in found.outcomes[0].reason
+    )
+    assert not found.ok
+
+
+def test_a_number_near_the_border_of_a_tokens_part_is_rounding() -> None:
+    import torch
+
+    params = ik.SamplingParams(temperature=1.0, seed=0)
+    row = rounding.RowSampler(params, [])
+    scores = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    assert rounding._missed(scores, row, 0.55, 1, 0) == 0
+    assert rounding._missed(scores, row, 0.49, 1, 0) == pytest.approx(0.01, abs=1e-6)
+    assert rounding._missed(scores, row, 0.85, 1, 0) == pytest.approx(0.05, abs=1e-6)
+    few = rounding.RowSampler(ik.SamplingParams(temperature=1.0, seed=0, top_k=2), [])
+    assert rounding._missed(scores, few, 0.7, 1, 0) == 0  # the second begins at 0.5 / 0.8
+    assert rounding._missed(scores, few, 0.5, 1, 0) == pytest.approx(0.125, abs=1e-6)
+    assert rounding._missed(scores, few, 0.7, 2, 0) == float("inf")
+    # Where rounding may order the second before the first, its part may begin at 0.
+    assert rounding._missed(scores, few, 0.3, 1, 0.6) == 0
+
+
+def test_every_difference_is_looked_at(model: ik.Model, path: Path) -> None:
+    with ik.record("many", path=path, progress=False):
+        gens = model.generate([[i, i + 1] for i in range(24)], max_tokens=4, repetition_penalty=1.1)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for one, gen in zip(data["requests"], gens):
+        one["token_ids"] = [(gen.token_ids[0] + 1) % 100, *gen.token_ids[1:]]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    found = ik.replay(path, progress=False)
+    assert all("nats apart" in outcome.reason for outcome in found.outcomes)
+    assert len(found.outcomes) == 24
+
+
+def test_the_same_tokens_that_end_otherwise_are_no_reproduction(
+    model: ik.Model, path: Path
+) -> None:
+    with ik.record("ends", path=path, progress=False):
+        model.generate(PROMPTS, max_tokens=5, ignore_eos=True)
+    edit(path, 0, finish_reason="stop")
+    edit(path, 1, text="something else")
+    found = ik.replay(path, progress=False)
+    assert [outcome.kind for outcome in found.outcomes] == ["differs", "differs", "equal", "equal"]
+    assert "ended by 'length', not 'stop'" in found.outcomes[0].reason
+    assert "another text" in found.outcomes[1].reason
+
+
+def test_without_prompts_a_shared_beginning_is_not_compared(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 192}
+    with ik.load(tiny_model("llama"), max_batch=2, progress=False, **options) as model:
+        with ik.record("shared", path=path, redact=True, progress=False):
+            for last in (1, 2, 3):
+                model.generate([*range(5, 105), last], max_tokens=4, ignore_eos=True)
+        found = ik.replay(path, progress=False)
+    assert "TTFT" not in found.verdict
+    assert "TPOT" in found.verdict
+    assert "2 requests found part of their prompt in the cache" in repr(found)
+
+
 # -- several models, and the committed examples ----------------------------------------------------
 
 
@@ -548,6 +631,55 @@ def test_several_models_run_again_beside_each_other(
     assert [entry.name for entry in again.measured.file.models] == ["a", "b"]
     assert [one.model for one in again.measured.file.requests] == [0, 1, 0, 1]
     assert ik.models() == []
+
+
+def test_one_model_in_two_precisions_runs_again_as_two(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
+    folder = tiny_model("llama")
+    with (
+        ik.load(folder, name="plain", progress=False, **options) as plain,
+        ik.load(folder, name="nf4", quantize="nf4", progress=False, **options) as nf4,
+    ):
+        with ik.record("both", path=path, progress=False):
+            for model in (plain, nf4):
+                model.generate(PROMPTS[2], **OPTIONS)
+        assert ik.replay(path, progress=False).exact
+    again = ik.replay(path, model={"plain": folder, "nf4": folder}, progress=False)
+    assert again.exact, again
+    assert [mode.format for mode in again.measured.file.modes] == ["none", "nf4"]
+
+
+def test_a_model_that_only_stood_by_need_not_be_named(
+    model: ik.Model, tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    from inferkit.cli import main
+
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    with (
+        ik.load(tiny_model("qwen3"), name="idle", progress=False, **options),
+        ik.record("one", path=path, progress=False),
+    ):
+        model.generate(PROMPTS[1], **OPTIONS)
+    folder = str(tiny_model("llama"))
+    model.unload()
+    assert main(["replay", str(path), "--model", folder, "--check"]) == 0
+    assert main(["replay", str(path), "--model", f"llama={folder}", "--check"]) == 0
+    there = str(path)  # refused before anything runs
+    assert main(["replay", str(path), "--model", folder, "--save", there]) == 2
+
+
+def test_an_interrupted_replay_says_so_to_the_shell(
+    recorded: ik.Experiment, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from inferkit.cli import main
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay._Run, "_look_at_differences", interrupted)
+    assert main(["replay", str(path), "--check"]) == 130
 
 
 def test_the_examples_say_where_they_are_from() -> None:

@@ -543,6 +543,10 @@ def test_recorded_replayed_and_shared(
     assert "repo=" in terminal.fails("%infer share")  # no clone here
     told = terminal.run("%infer share --repo owner/name --ref main --notebook a.ipynb")
     assert "https://mybinder.org/v2/gh/owner/name/main?urlpath=lab/tree/a.ipynb" in told
+    assert "GPU" not in told
+    gpu = Path(__file__).resolve().parent.parent / "notebooks/experiments/demo-h200.inferkit.json"
+    told = terminal.run(f"%infer share --repo owner/name --ref main --experiment {gpu}")
+    assert "'demo-h200' ran on cuda:0, and Binder has no GPU" in told
 
 
 def test_completion_sees_no_models_while_another_thread_imports_what_has_them(

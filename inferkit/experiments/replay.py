@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -20,6 +19,7 @@ from inferkit.experiments.difference import Difference, first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
 from inferkit.experiments.recording import Recording
+from inferkit.experiments.rounding import ROUNDING, Judgement, judge
 from inferkit.footprint import QUANTIZE_MODES
 from inferkit.html import one_line, table, text_table
 from inferkit.kv import PREFILL_CHUNK
@@ -30,24 +30,14 @@ from inferkit.sampling import SamplingParams
 from inferkit.trace import NS
 
 if TYPE_CHECKING:
-    import torch
-
     from inferkit.engine import Request
     from inferkit.generation import Generation
 
 __all__ = ["Outcome", "Replay", "replay"]
 
-ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
-"""How far apart (in nats) two likeliest tokens may be for rounding to choose between them.
-
-For bf16 two units in the last place of a logit of 16 to 32, which is where they lie; the others in
-proportion, with room for the layers before.
-"""
-
 _PATIENCE = 600.0  # seconds to wait for the compiled step
 _TICK = 0.1
 _OWN_NAME = "replay of "  # before the name of a model that is loaded for it
-_SCORED = 16  # differing requests of a part of the run whose logits are looked at
 _SHOWN = 20
 
 
@@ -61,10 +51,10 @@ class Outcome:
         measured: What came here; None where it was not run again.
         difference: Position of the first output token that differs; None where none does.
         gap: By how many nats the token recorded there is less likely here than the one that came;
-            None where that was not looked at.
-        kind: "equal"; "rounding", where the gap is small enough for it; "differs"; "not run", where
-            no token was recorded to be run up to; "not compared", where outputs were left out;
-            "interrupted".
+            None where it was drawn, or one of the two ended there.
+        kind: "equal"; "rounding", where that explains the difference (see `rounding.judge`);
+            "differs"; "not run", where no token was recorded to be run up to; "not compared", where
+            outputs were left out; "interrupted".
         reason: In words.
     """
 
@@ -111,6 +101,11 @@ class Replay:
         return self._ran and all(o.kind in fine for o in self.outcomes)
 
     @property
+    def interrupted(self) -> bool:
+        """Whether it was cut off, so that some requests did not run to their end."""
+        return any(o.kind == "interrupted" for o in self.outcomes)
+
+    @property
     def _ran(self) -> bool:
         return any(o.measured is not None for o in self.outcomes)
 
@@ -139,7 +134,7 @@ class Replay:
         if count["rounding"]:
             said.append(f"{count['rounding']} differ where rounding decides")
         if count["differs"]:
-            said.append(f"{count['differs']} differ, and rounding does not explain it")
+            said.append(f"{count['differs']} differ otherwise")
         if count["not run"]:
             said.append(f"{count['not run']} were not run again")
         if count["interrupted"]:
@@ -155,7 +150,8 @@ class Replay:
         except OptionError:
             return ""
         said = []
-        for name, label in (("ttft", "TTFT"), ("tpot", "TPOT")):
+        names = [("ttft", "TTFT"), ("tpot", "TPOT")]
+        for name, label in names[self._lost_prefixes > 0 :]:
             ratio = found.get(name, {}).get("ratio")
             if ratio and ratio["value"] is not None:
                 low, high = ratio["low"], ratio["high"]
@@ -163,6 +159,15 @@ class Replay:
                 span = f" ({low:.2f} to {high:.2f})" if known else ""
                 said.append(f"{label} here is {ratio['value']:.2f} times the recorded one{span}")
         return "; ".join(said) + "." if said else ""
+
+    @property
+    def _lost_prefixes(self) -> int:
+        """Requests whose prompts shared a beginning, which random ones in their place do not."""
+        return sum(self.recorded.redacted and one.cached_tokens > 0 for one in self._requests)
+
+    @property
+    def _requests(self) -> Sequence[RequestEntry]:
+        return self.recorded.file.requests
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, ready for JSON; the two experiments by their names."""
@@ -212,6 +217,11 @@ class Replay:
     def _footer(self) -> str:
         more = len(self.outcomes) - _SHOWN
         rest = [f"and {more} more, in .outcomes"] if more > 0 else []
+        if self._lost_prefixes:
+            rest.append(
+                f"{self._lost_prefixes} requests found part of their prompt in the cache when they "
+                "were recorded; without the prompts none does here, so that TTFT does not compare"
+            )
         return "; ".join([*rest, *self.notes])
 
     def __repr__(self) -> str:
@@ -273,10 +283,11 @@ def replay(
     recorded, most = opened(experiment), checked_pause(pause)
     _check_can_run(recorded)
     run = _Run(recorded, device, dtype, most, progress)
+    used = sorted({one.model for one in recorded.file.requests})
     with ExitStack() as stack:
-        for number in sorted({one.model for one in recorded.file.requests}):
+        for number in used:
             entry = recorded.file.models[number]
-            source = _find(entry, model, len(recorded.file.models), check_files, progress)
+            source = _find(entry, model, len(used), check_files, progress)
             run.models[number] = stack.enter_context(run.loaded(number, entry, source))
         return run.replay()
 
@@ -398,13 +409,19 @@ class _Run:
         self._device, self._dtype = device, dtype
         self._pause, self._progress = pause, progress
         self._requests: dict[int, Request] = {}
-        self._gaps: dict[int, float] = {}
+        self._judged: dict[int, Judgement] = {}
         self._failure: InferkitError | None = None
 
     @contextmanager
     def loaded(self, number: int, entry: ModelEntry, source: catalog.Source) -> Iterator[Model]:
         """The model: as it is loaded already, or for the time of the replay."""
-        mine = next((m for m in registry.models() if _is(m, source, entry, self._dtype)), None)
+        taken = {id(m) for m in self.models.values()}
+        fit = [
+            m
+            for m in registry.models()
+            if id(m) not in taken and _is(m, source, entry, self._dtype)
+        ]
+        mine = max(fit, key=lambda m: m.name == entry.name, default=None)
         if mine is not None and self._device is None:
             self.notes.append(f"{entry.name} ran on the model that was loaded already")
             with _as_it_was(mine, self._progress):
@@ -582,21 +599,31 @@ class _Run:
     # -- comparing ------------------------------------------------------------------------------
 
     def _look_at_differences(self, numbers: Sequence[int]) -> None:
-        """How far apart two tokens were where outputs differ, while the mode is the same still."""
-        for number in numbers[: _SCORED * 64]:
-            if len(self._gaps) >= _SCORED:
-                return
+        """Whether rounding explains where outputs differ, while the mode is the same still."""
+        for number in numbers:
             recorded = self.recorded.file.requests[number]
             got = self._requests[number].result()
             at = _where_they_part(got, generation_of(recorded))
-            plain = got.params.temperature == 0 and got.params.repetition_penalty == 1
             ids = unpack(recorded.token_ids)
-            if at is None or not plain or at >= min(len(ids), len(got.token_ids)):
+            if at is None or at >= min(len(ids), len(got.token_ids)):
                 continue
-            sequence = [*got.prompt_token_ids, *ids[:at]]
-            self._gaps[number] = _gap(
-                self.models[recorded.model], sequence, got.token_ids[at], ids[at]
+            self._judged[number] = judge(
+                self.models[recorded.model],
+                replace(got.params, seed=recorded.seed),
+                got.prompt_token_ids,
+                ids[:at],
+                got.token_ids[at],
+                ids[at],
+                self._limit(recorded, got),
             )
+
+    def _limit(self, one: RequestEntry, got: Generation) -> float:
+        """Nats that rounding may be wrong by."""
+        dtypes = (generation_of(one).settings.dtype, got.settings.dtype)
+        limits = [ROUNDING.get(dtype, ROUNDING["bfloat16"]) for dtype in dtypes]
+        if got.settings.quantization != "none" and self._what_differs(one):
+            limits.append(ROUNDING["bfloat16"])  # kernels of several precisions unpack the weights
+        return max(limits)
 
     def _outcome(self, number: int) -> Outcome:
         one = self.recorded.file.requests[number]
@@ -615,33 +642,25 @@ class _Run:
                 number, recorded, got, len(got.token_ids), None, "differs", str(got.error)
             )
         if at is None:
-            return Outcome(number, recorded, got, None, None, "equal", "")
-        gap = self._gaps.get(number)
-        kind, reason = self._why(one, recorded, got, gap)
-        return Outcome(number, recorded, got, at, gap, kind, reason)
+            other = _other_end(one, recorded, got)
+            kind = "differs" if other else "equal"
+            return Outcome(number, recorded, got, None, None, kind, other)
+        judged = self._judged.get(number)
+        kind, reason = self._why(one, got, judged)
+        return Outcome(number, recorded, got, at, judged and judged.gap, kind, reason)
 
-    def _why(
-        self, one: RequestEntry, recorded: Generation, got: Generation, gap: float | None
-    ) -> tuple[str, str]:
+    def _why(self, one: RequestEntry, got: Generation, judged: Judgement | None) -> tuple[str, str]:
         """What kind of difference it is, and what is likely to be the reason."""
         others = self._what_differs(one)
         because = f"; other {', '.join(others)}" if others else "; the same settings and versions"
-        if gap is not None:
-            limit = max(
-                ROUNDING.get(d, 0.25) for d in (recorded.settings.dtype, got.settings.dtype)
-            )
-            if got.settings.quantization != "none" and others:
-                limit = max(limit, ROUNDING["bfloat16"])
-            said = f"the two tokens are {gap:.3g} nats apart here"
-            if gap <= limit:
-                return "rounding", f"{said}: rounding decides between them{because}"
-            return (
-                "differs",
-                f"{said}, more than rounding in {got.settings.dtype} explains{because}",
-            )
-        if got.params.temperature > 0 and others:
-            return "rounding", f"sampled from probabilities that are not quite the same{because}"
-        return "differs", f"the outputs part here{because}"
+        if judged is None:
+            return "differs", f"one of the two ends here{because}"
+        if judged.near:
+            return "rounding", f"{judged.said}: rounding decides{because}"
+        return (
+            "differs",
+            f"{judged.said}, more than rounding in {got.settings.dtype} explains{because}",
+        )
 
     def _what_differs(self, one: RequestEntry) -> list[str]:
         """Of where and how it ran, what is not as in the recording."""
@@ -701,17 +720,13 @@ def _where_they_part(got: Generation, recorded: Generation) -> int | None:
     return None if a == b else first_difference(a, b)
 
 
-def _gap(model: Model, sequence: Sequence[int], came: int, recorded: int) -> float:
-    """By how many nats the recorded token is less likely than the one that came."""
-    found = math.nan
-
-    def take(_: int, start: int, logits: torch.Tensor) -> None:
-        nonlocal found
-        if start + len(logits) == len(sequence):
-            found = float(logits[-1, came] - logits[-1, recorded])
-
-    model._parts.score([sequence], take)
-    return abs(found)
+def _other_end(one: RequestEntry, recorded: Generation, got: Generation) -> str:
+    """How the same tokens end otherwise here; "" where they do not."""
+    if one.finish_reason not in ("stop", "length"):
+        return ""  # it was run up to where it was cancelled or failed
+    if got.finish_reason != recorded.finish_reason:
+        return f"the same tokens, ended by {got.finish_reason!r}, not {recorded.finish_reason!r}"
+    return "" if got.text == recorded.text else "the same tokens, but another text"
 
 
 def _unfinished(outcome: Outcome) -> Outcome:

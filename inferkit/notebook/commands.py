@@ -183,6 +183,10 @@ COMMANDS: Mapping[str, Command] = {
             "repo": {"metavar": "OWNER/NAME", "help": "else the git remote of this folder"},
             "ref": {"metavar": "REF", "help": "a tag or commit; else the present commit"},
             "notebook": {"metavar": "PATH", "help": "else this notebook"},
+            "experiment": {
+                "metavar": "FILE",
+                "help": "what it shows, else what was recorded here: whether Binder can run it",
+            },
         },
     ),
     "panel": Command("Show the panel.", "%infer panel", options=_MODEL),

@@ -22,9 +22,9 @@ import inferkit as ik
 from inferkit.arguments import (
     LOAD_OPTIONS,
     MODEL_OPTIONS,
-    REPLAY_OPTIONS,
     SAMPLING_OPTIONS,
     given,
+    replay_options,
 )
 from inferkit.html import format_bytes, listed
 from inferkit.notebook import completion
@@ -158,10 +158,14 @@ class InferMagics(Magics):
 
     def _replay(self, arguments: argparse.Namespace) -> None:
         target = _target(arguments)
-        self._keep(ik.replay(arguments.experiment, **given(arguments, REPLAY_OPTIONS)), target)
+        self._keep(ik.replay(arguments.experiment, **replay_options(arguments)), target)
 
     def _share(self, arguments: argparse.Namespace) -> None:
-        self._show(ik.binder_link(**given(arguments, ("repo", "ref", "notebook"))))
+        options = given(arguments, ("repo", "ref", "notebook"))
+        shown = self._recording and self._recording.experiment
+        if "experiment" in arguments:
+            shown = ik.open(arguments.experiment)
+        self._show(ik.binder_link(**options, experiment=shown))
 
     def _keep(self, result: object, target: str | None) -> None:
         self._variables.update({name: result for name in (_RESULT, target) if name})
