@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Interval", "bootstrap", "bootstrap_ratio"]
+__all__ = ["Interval", "bootstrap", "bootstrap_grouped", "bootstrap_ratio"]
 
 LEVEL = 0.95
 _RESAMPLES = 2000
@@ -70,8 +70,29 @@ def bootstrap(
     for begin in range(0, _RESAMPLES, rows):
         shape = (min(rows, _RESAMPLES - begin), len(found))
         drawn.append(statistic(found[generator.integers(0, len(found), shape)], axis=1))
-    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), len(found))
+    return Interval(value, *_ends(np.concatenate(drawn)), len(found))
+
+
+def bootstrap_grouped(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
+    """The median of measurements that are not independent within their groups.
+
+    Whole groups are drawn anew, and the median is that of the values of all groups drawn, pooled,
+    as in `bootstrap_ratio`; each with a single value, it is `bootstrap`.
+
+    Args:
+        groups: For each independent group, its values: at least one.
+        seed: Of the resampling, so that the same measurements give the same interval.
+
+    Returns:
+        The median; its ``n`` is the number of groups.
+    """
+    import numpy as np
+
+    value = _median(groups)
+    if len(groups) < 2:
+        return Interval(value, math.nan, math.nan, len(groups))
+    drawn = _drawn_medians(groups, np.random.default_rng(seed))
+    return Interval(value, *_ends(drawn), len(groups))
 
 
 def bootstrap_ratio(
@@ -79,11 +100,11 @@ def bootstrap_ratio(
 ) -> Interval:
     """The ratio of two medians, over / under, of measurements that share nothing but their unit.
 
-    Each side is drawn anew on its own, by whole groups: the gaps between the tokens of one request
-    come from one stretch of time and are alike, so that a thousand of them are not a thousand
-    independent measurements. A median is that of the values of all groups drawn, pooled. Bootstrap
-    of clusters: A. C. Davison and D. V. Hinkley, Bootstrap Methods and Their Application (1997),
-    section 3.8.
+    Each side is drawn anew on its own, by whole groups: requests of one batch share their steps,
+    and the gaps between the tokens of one request come from one stretch of time, so that a thousand
+    of them are not a thousand independent measurements. A median is that of the values of all
+    groups drawn, pooled. Bootstrap of clusters: A. C. Davison and D. V. Hinkley, Bootstrap Methods
+    and Their Application (1997), section 3.8.
 
     Args:
         over: For each independent group, its values: at least one, all positive.
@@ -95,17 +116,28 @@ def bootstrap_ratio(
     """
     import numpy as np
 
-    above, below = (
-        float(np.median(np.concatenate([np.asarray(g, dtype=float) for g in side])))
-        for side in (over, under)
-    )
+    value = _median(over) / _median(under)
     count = min(len(over), len(under))
     if count < 2:
-        return Interval(above / below, math.nan, math.nan, count)
+        return Interval(value, math.nan, math.nan, count)
     generator = np.random.default_rng(seed)
     drawn = _drawn_medians(over, generator) / _drawn_medians(under, generator)
+    return Interval(value, *_ends(drawn), count)
+
+
+def _median(groups: Sequence[Sequence[float]]) -> float:
+    """The median of all values of all groups."""
+    import numpy as np
+
+    return float(np.median(np.concatenate([np.asarray(group, dtype=float) for group in groups])))
+
+
+def _ends(drawn: Any) -> tuple[float, float]:
+    """Between which the middle `LEVEL` of the resampled figures lie."""
+    import numpy as np
+
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(above / below, float(low), float(high), count)
+    return float(low), float(high)
 
 
 def _drawn_medians(groups: Sequence[Sequence[float]], generator: Any) -> Any:

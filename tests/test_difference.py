@@ -20,7 +20,7 @@ from inferkit.experiments.file import (
     ModelEntry,
     RequestEntry,
 )
-from inferkit.intervals import _drawn_medians, bootstrap_ratio
+from inferkit.intervals import _drawn_medians, bootstrap, bootstrap_grouped, bootstrap_ratio
 
 MS = 1_000_000
 GPU = "NVIDIA H100 80GB HBM3"
@@ -29,8 +29,11 @@ GPU = "NVIDIA H100 80GB HBM3"
 def request(
     number: int, ttft: float = 100, gaps: Any = (20.0,) * 9, queue: float = 1, **given: Any
 ) -> RequestEntry:
-    """A request with its own prompt, that arrived 10 ms after the one before; times in ms."""
-    arrival = 10 * number * MS
+    """A request with its own prompt, long after the one before was over; times in ms.
+
+    With ``arrival`` in ms, it came at that time.
+    """
+    arrival = given.pop("arrival", 60_000 * number) * MS
     tokens = [arrival + round(t * MS) for t in np.cumsum([ttft, *gaps])]
     settings = {"model": "m", "device": "cpu", "dtype": "bfloat16", "quantization": "none"}
     entry = RequestEntry(
@@ -79,7 +82,7 @@ def experiment(
             name=name,
             created="2026-11-27T10:00:00+00:00",
             environment=Environment(**where | (environment or {})),
-            duration=10**10,
+            duration=10**13,
             models=[ModelEntry(**loaded)],
             modes=[ModeEntry(time=0, model=0, **ran)],
             requests=requests,
@@ -216,6 +219,100 @@ def test_gaps_of_one_request_are_not_counted_as_independent() -> None:
     found = Difference(experiment(many[0]), experiment(unlike_prompts(many[1]))).latency["itl"]
     assert (found.n_a, found.n_b) == (6, 6)
     assert found.ratio.high / found.ratio.low > 1.1
+
+
+# -- requests that ran beside each other ----------------------------------------------------------
+
+
+def batches(count: int, size: int, seed: int, spread: float = 0.2) -> list[RequestEntry]:
+    """Batches one after the other, whose requests share their steps and so what slows them."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for batch in range(count):
+        common = draw.lognormal(0, spread)
+        for one in range(size):
+            gaps = common * 20 * draw.lognormal(0, 0.01, 9)
+            ttft = common * 100 * draw.lognormal(0, 0.01)
+            arrival = 60_000 * batch + one
+            made.append(request(len(made), ttft, gaps, queue=common, arrival=arrival))
+    return made
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_one_batch_has_neither_an_interval_nor_a_verdict(paired: bool) -> None:
+    for seed in range(6):
+        other = batches(1, 8, seed=100 + seed)
+        b = experiment(other if paired else unlike_prompts(other))
+        difference = Difference(experiment(batches(1, 8, seed=seed)), b)
+        assert difference.paired is paired
+        for found in difference.latency.values():
+            assert (found.n_a, found.n_b, found.groups) == (8, 8, 1)
+            assert math.isnan(found.ratio.low)
+            assert found.ratio.value > 0
+            assert found.verdict == "too few to tell"
+        assert "in 1 independent group, and a verdict takes 5" in repr(difference)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_batches_of_the_same_are_seldom_told_apart(paired: bool) -> None:
+    """Eight batches of eight are no more than eight measurements: with 64 nearly all differ."""
+    told = 0
+    for seed in range(60):
+        other = batches(8, 8, seed=1000 + seed)
+        b = experiment(other if paired else unlike_prompts(other))
+        found = Difference(experiment(batches(8, 8, seed=seed)), b).latency["tpot"]
+        assert (found.n_a, found.groups) == (64, 8)
+        told += found.verdict != "no difference shown"
+    assert told / 60 <= 0.15
+
+
+def test_batches_that_differ_are_told_apart() -> None:
+    slower = batches(8, 4, seed=2, spread=0.05)
+    for one in slower:
+        one.tokens = [one.arrival + 2 * (t - one.arrival) for t in one.tokens]
+        one.finished = one.tokens[-1]
+    found = Difference(experiment(batches(8, 4, seed=1, spread=0.05)), experiment(slower)).latency
+    assert (found["tpot"].groups, found["tpot"].verdict) == (8, "slower")
+
+
+def test_requests_hang_together_through_others_also_through_one_that_failed() -> None:
+    """Each takes 280 ms; the third bridges the second and the fourth, and was cancelled."""
+    arrivals = [0, 1000, 1200, 1400, 5000, 5280]
+    requests = [request(i, arrival=at) for i, at in enumerate(arrivals)]
+    requests[2].finish_reason = "cancelled"
+    found = Difference(experiment(requests), experiment([request(i) for i in range(6)])).latency
+    # 1 and 3 are one; the last begins when the one before ends, and shares no step with it.
+    assert (found["tpot"].n_a, found["tpot"].groups) == (5, 4)
+
+
+def test_pairs_join_the_groups_of_both_sides() -> None:
+    """Of a 0 and 1 overlap, of b 1 and 2: the three are one group, with neither side alone."""
+    a = [request(i, arrival=at) for i, at in enumerate([0, 10, 9000, 20_000])]
+    b = [request(i, arrival=at) for i, at in enumerate([0, 9000, 9010, 20_000])]
+    difference = Difference(experiment(a), experiment(b))
+    assert difference.paired
+    assert difference.latency["tpot"].groups == 2
+    unpaired = Difference(experiment(a), experiment(unlike_prompts(b)))
+    assert unpaired.latency["tpot"].groups == 3
+
+
+def test_groups_are_shown_and_explained() -> None:
+    difference = Difference(experiment(batches(6, 2, seed=1)), experiment(batches(6, 2, seed=2)))
+    data = difference.to_dict()
+    assert data["latency"]["tpot"]["groups"] == 6
+    assert set(difference.to_frame()["groups"]) == {6}
+    latency = difference.tables[1]
+    assert latency.header[-3:] == ("n a", "n b", "groups")
+    assert latency.rows[0][-3:] == ("12", "12", "6")
+    assert "requests that overlap in time" in data["method"]
+    assert "a verdict takes" not in latency.note
+
+
+def test_a_median_over_groups_of_one_is_that_over_values() -> None:
+    values = list(np.random.default_rng(5).normal(0, 1, 11))
+    found = bootstrap_grouped([[value] for value in values])
+    assert found == bootstrap(values)
+    assert math.isnan(bootstrap_grouped([values]).low)
 
 
 # -- pairs ----------------------------------------------------------------------------------------
@@ -364,6 +461,14 @@ def test_a_frame_and_json_have_every_number() -> None:
     assert data["latency"]["tpot"]["ratio"]["high"] == found.ratio.high
     assert data["a"]["origin"] == A.origin
     assert data["outputs"] == {"compared": 20, "equal": 20, "differing": []}
+
+
+def test_plain_data_tell_the_day_and_not_that_it_is_today() -> None:
+    fresh = Experiment(A.file, fresh=True)
+    assert "here and now" in repr(fresh.diff(A))
+    difference = fresh.diff(A)
+    assert difference.to_dict()["a"]["origin"] == A.origin
+    assert difference.to_frame().attrs["a"] == f"'one', {A.origin}"
 
 
 def test_the_plot_has_both_sides_in_each_panel() -> None:

@@ -5,9 +5,10 @@ import sys
 
 import pandas as pd
 import pytest
-from measured import MS, experiment, request, saved, small
+from measured import MS, experiment, random_experiment, request, saved, small
 
 from inferkit.errors import ExperimentError, OptionError
+from inferkit.experiments.experiment import Experiment
 from inferkit.experiments.exports import to_aiperf, to_vllm, write
 
 # To vLLM
@@ -163,3 +164,16 @@ def test_no_requests_are_an_empty_table_and_an_empty_list_of_records(tmp_path):
     assert write(none, tmp_path / "out.csv").exists()
     empty = write(none, tmp_path / "out.jsonl")
     assert empty.read_bytes() == b""
+
+
+@pytest.mark.parametrize("name", ["one.html", "one.csv", "one.jsonl", "one.vllm"])
+def test_a_file_never_says_that_it_was_measured_here_and_now(tmp_path, name):
+    """Whoever opens it does so later and elsewhere, whichever process wrote it."""
+    exp = Experiment(random_experiment().file, fresh=True)
+    assert "measured here and now" in repr(exp)
+    options = {"other": exp} if name.endswith(".html") else {}
+    kind = "vllm" if name.endswith(".vllm") else None
+    text = exp.export(tmp_path / name, kind, **options).read_text(encoding="utf-8")
+    assert "here and now" not in text
+    assert ("recorded 2026-11-24" in text) is name.endswith(".html")
+    assert "measured here and now" in repr(exp)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from inferkit.comparison import Figure
 from inferkit.errors import OptionError
-from inferkit.experiments.experiment import Experiment, generation_of
+from inferkit.experiments.experiment import Experiment, generation_of, trace_of
 from inferkit.experiments.file import ModeEntry, ModelEntry
 from inferkit.generation import Generation
 from inferkit.html import format_bytes, format_number, listed, one_line, table, text_table
-from inferkit.intervals import Interval, bootstrap, bootstrap_ratio
+from inferkit.intervals import Interval, bootstrap_grouped, bootstrap_ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,8 +40,8 @@ QUANTITIES = {
 """What is compared, as attributes of a `Latency`."""
 
 FEWEST = 5
-"""Requests that an interval needs: between the least and the greatest of four, the median lies in
-only 88 % of cases; of five, in 94 %."""
+"""Independent groups of requests that a verdict needs: between the least and the greatest of four,
+the median lies in only 88 % of cases; of five, in 94 %."""
 
 _SHOWN = 10  # pairs with different tokens that a table has
 
@@ -65,7 +65,7 @@ class Contrast:
         b: Median of the other.
         n_a: Requests of the one that have it; where requests pair up, pairs in which both do.
         n_b: Requests of the other.
-        ratio: b / a.
+        ratio: b / a; its ``n`` is the number of groups.
     """
 
     quantity: Figure
@@ -76,9 +76,17 @@ class Contrast:
     ratio: Interval
 
     @property
+    def groups(self) -> int:
+        """How many independent groups these requests form, on the side that has fewer.
+
+        Requests that overlap in time, directly or through others, are one group: they share steps.
+        """
+        return self.ratio.n
+
+    @property
     def verdict(self) -> str:
         """What b is beside a: "faster", "slower", "no difference shown", or why nothing is said."""
-        if min(self.n_a, self.n_b) < FEWEST:
+        if self.groups < FEWEST:
             return "too few to tell"
         if math.isnan(self.ratio.value):
             return "no ratio: some are 0"
@@ -95,6 +103,7 @@ class Contrast:
             "unit": "tokens/s" if self.quantity.more_is_better else "s",
             "n_a": self.n_a,
             "n_b": self.n_b,
+            "groups": self.groups,
             "ratio": ratio,
             "verdict": self.verdict,
         }
@@ -144,9 +153,15 @@ class Difference:
     the k-th of the other. Where most requests of the smaller side do and succeeded on both, only
     these count, and a ratio is the median of the ratios within pairs, so that what all requests
     have in common cancels out. Otherwise a ratio is that of the two medians, each side resampled on
-    its own, by request.
+    its own.
 
-    The intervals say how the ratio varies over requests like these; how it would vary from one run
+    Requests that run at the same time share steps, and what slows one down slows all of them. So
+    those that overlap in time, directly or through others, form a group, and the bootstrap draws
+    whole groups. Where requests pair up, the groups of a and of b that share a pair are one. Of a
+    single group there is no interval, and of fewer than `FEWEST` no verdict, however many requests
+    they have: several batches, one after the other, tell more than a large one.
+
+    The intervals say how the ratio varies over groups like these; how it would vary from one run
     to the next (another day, a warmer processor), two experiments cannot tell.
 
     Args:
@@ -216,7 +231,7 @@ class Difference:
     @cached_property
     def cautions(self) -> tuple[str, ...]:
         """What else differs between the requests, and may explain what the ratios show."""
-        found = [*self._left_out(), *self._unlike_pairs()]
+        found = [*self._left_out(), *self._overlap(), *self._unlike_pairs()]
         for side, one in (("a", self.a), ("b", self.b)):
             modes = _modes(one)
             if len(modes) > 1:
@@ -235,15 +250,18 @@ class Difference:
             ratio = {"ratio": one.ratio.value, "low": one.ratio.low, "high": one.ratio.high}
             rows.append({"metric": name, **row, **ratio, "a": one.a, "b": one.b})
         frame = pd.DataFrame(rows).set_index("metric")
-        frame.attrs |= {"a": _told(self.a), "b": _told(self.b), "paired": self.paired}
-        return frame[["unit", "a", "b", "n_a", "n_b", "ratio", "low", "high", "verdict"]]
+        # A frame, as a dict, outlives this process.
+        told = [_told(one.as_recorded()) for one in (self.a, self.b)]
+        frame.attrs |= {**dict(zip("ab", told)), "paired": self.paired}
+        figures = ["unit", "a", "b", "n_a", "n_b", "groups", "ratio", "low", "high", "verdict"]
+        return frame[figures]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON."""
         outputs = self.outputs
         return {
-            "a": {"name": self.a.name, "origin": self.a.origin},
-            "b": {"name": self.b.name, "origin": self.b.origin},
+            "a": {"name": self.a.name, "origin": self.a.as_recorded().origin},
+            "b": {"name": self.b.name, "origin": self.b.as_recorded().origin},
             "paired": self.paired,
             "pairs": [list(pair) for pair in self.pairs],
             "method": self._method(),
@@ -319,26 +337,40 @@ class Difference:
             return list(self._done_a.values()), list(self._done_b.values())
         return [self._done_a[i] for i, _ in self.pairs], [self._done_b[j] for _, j in self.pairs]
 
+    @cached_property
+    def _groups(self) -> tuple[list[int], list[int]]:
+        """The groups of the requests that count, in the order of `_counted`."""
+        of_a, of_b = _overlapping(self.a), _overlapping(self.b)
+        if not self.paired:
+            return [of_a[i] for i in self._done_a], [of_b[j] for j in self._done_b]
+        joined = _joined_groups([(of_a[i], of_b[j]) for i, j in self.pairs])
+        return joined, joined
+
     def _within_pairs(self, quantity: Figure) -> Contrast:
         """The median ratio within pairs; of ITL, of each request's median gap."""
-        sides = zip(*(_values(side, quantity.name) for side in self._counted()))
-        both = [(one, other) for one, other in sides if one and other]
-        a, b = (_pooled(side) for side in (zip(*both) if both else ([], [])))
-        middles = [(statistics.median(one), statistics.median(other)) for one, other in both]
-        ratio = Interval(math.nan, math.nan, math.nan, len(both))
+        sides = (_values(side, quantity.name) for side in self._counted())
+        both = [row for row in zip(*sides, self._groups[0]) if row[0] and row[1]]
+        a, b = (_pooled(row[side] for row in both) for side in (0, 1))
+        middles = [(statistics.median(one), statistics.median(other)) for one, other, _ in both]
+        groups = [group for *_, group in both]
+        ratio = _no_ratio(groups)
         if middles and all(one > 0 and other > 0 for one, other in middles):
-            found = bootstrap([math.log(other / one) for one, other in middles])
+            logarithms = [[math.log(other / one)] for one, other in middles]
+            found = bootstrap_grouped(_gathered(logarithms, groups))
             low, value, high = (math.exp(v) for v in (found.low, found.value, found.high))
             ratio = Interval(value, low, high, found.n)
         return Contrast(quantity, a, b, len(both), len(both), ratio)
 
     def _apart(self, quantity: Figure) -> Contrast:
         """The ratio of the medians; of ITL, over all gaps."""
-        a, b = ([one for one in _values(side, quantity.name) if one] for side in self._counted())
-        ratio = Interval(math.nan, math.nan, math.nan, min(len(a), len(b)))
-        if a and b and all(value > 0 for side in (a, b) for one in side for value in one):
-            ratio = bootstrap_ratio(b, a)
-        return Contrast(quantity, _pooled(a), _pooled(b), len(a), len(b), ratio)
+        sides = zip(self._counted(), self._groups)
+        rows = [zip(_values(side, quantity.name), groups) for side, groups in sides]
+        a, b = ([(one, group) for one, group in side if one] for side in rows)
+        of_a, of_b = (_gathered(*zip(*side)) if side else [] for side in (a, b))
+        ratio = _no_ratio(*([group for _, group in side] for side in (a, b)))
+        if a and b and all(value > 0 for side in (of_a, of_b) for one in side for value in one):
+            ratio = bootstrap_ratio(of_b, of_a)
+        return Contrast(quantity, _pooled(of_a), _pooled(of_b), len(a), len(b), ratio)
 
     # -- what else differs ----------------------------------------------------------------------
 
@@ -355,6 +387,16 @@ class Difference:
             yield (
                 f"{len(self.pairs)} of {counts[0]} and {counts[1]} requests have the same prompt "
                 "and parameters: too few to go by."
+            )
+
+    def _overlap(self) -> Iterator[str]:
+        """That requests would be enough, and only share too many steps."""
+        requests, groups = (min(map(len, of)) for of in (self._groups, map(set, self._groups)))
+        if groups < FEWEST <= requests:
+            yield (
+                f"Requests ran beside each other, in {groups} independent "
+                f"{'group' if groups == 1 else 'groups'}, and a verdict takes {FEWEST}: record "
+                f"{FEWEST} batches or more, one after the other."
             )
 
     def _unlike_pairs(self) -> Iterator[str]:
@@ -390,7 +432,7 @@ class Difference:
         return Table("What differs", ("", "a", "b"), rows, self._origins(), note)
 
     def _latency_table(self) -> Table:
-        header = ("median", "a", "b", "b / a", "95 % interval", "b is", "n a", "n b")
+        header = ("median", "a", "b", "b / a", "95 % interval", "b is", "n a", "n b", "groups")
         rows = tuple(_row(one) for one in self.latency.values())
         note = " ".join([self._method(), *self.cautions])
         return Table("Latency", header, rows, self._origins(), note)
@@ -399,13 +441,15 @@ class Difference:
         how = (
             "b / a: median of the ratios within pairs of requests (ITL: of their median gaps)"
             if self.paired
-            else "b / a: ratio of the medians, requests not paired (gaps of ITL are resampled "
-            "together with their request, for they are not independent of each other)"
+            else "b / a: ratio of the medians, requests not paired (ITL: of all gaps)"
         )
         return (
-            f"{how}; 95 % bootstrap interval over requests of these two runs: how other runs would "
-            "differ is not in it. TTFT, TPOT, ITL and E2E as vllm bench serve defines them; "
-            "tokens/s of each request."
+            f"{how}; 95 % bootstrap interval over groups of requests of these two runs: how other "
+            "runs would differ is not in it. A group is the requests that overlap in time, for "
+            "they share steps and are not independent of each other"
+            f"{'; pairs join the groups of a and b' if self.paired else ''}. n counts requests, "
+            f"groups those of the side that has fewer: under {FEWEST}, nothing is said. TTFT, "
+            "TPOT, ITL and E2E as vllm bench serve defines them; tokens/s of each request."
         )
 
     def _outputs_tables(self) -> Iterator[Table]:
@@ -509,6 +553,7 @@ def _row(one: Contrast) -> tuple[str, ...]:
         one.verdict,
         str(one.n_a),
         str(one.n_b),
+        str(one.groups),
     )
 
 
@@ -557,6 +602,53 @@ def _values(gens: Iterable[Generation], name: str) -> list[tuple[float, ...]]:
 def _pooled(side: Iterable[Sequence[float]]) -> float:
     values = [value for one in side for value in one]
     return statistics.median(values) if values else math.nan
+
+
+def _no_ratio(*sides: Sequence[int]) -> Interval:
+    """What stands where there is no ratio, with the number of groups on the smaller side."""
+    return Interval(math.nan, math.nan, math.nan, min(len(set(side)) for side in sides))
+
+
+def _overlapping(one: Experiment) -> list[int]:
+    """The group of each request in the file: requests that overlap in time, also through others.
+
+    Those that failed or did not end join groups, too: they took part in steps of the rest.
+    """
+    traces = [trace_of(entry) for entry in one.file.requests]
+    groups, group, reached = [0] * len(traces), -1, -math.inf
+    for number in sorted(range(len(traces)), key=lambda i: (traces[i].arrival, traces[i].end)):
+        group += traces[number].arrival >= reached
+        groups[number] = group
+        reached = max(reached, traces[number].end)
+    return groups
+
+
+def _joined_groups(links: Sequence[tuple[int, int]]) -> list[int]:
+    """Of groups of one side and groups of another that are linked: which of these hang together.
+
+    Returns:
+        For each link a number, the same for all that hang together.
+    """
+    above: dict[tuple[str, int], tuple[str, int]] = {}
+
+    def top(node: tuple[str, int]) -> tuple[str, int]:
+        while (parent := above.setdefault(node, node)) != node:
+            above[node] = above[parent]  # half the way for whoever comes next
+            node = parent
+        return node
+
+    for one, other in links:
+        above[top(("a", one))] = top(("b", other))
+    numbers: dict[tuple[str, int], int] = {}
+    return [numbers.setdefault(top(("a", one)), len(numbers)) for one, _ in links]
+
+
+def _gathered(values: Iterable[Sequence[float]], groups: Iterable[int]) -> list[list[float]]:
+    """The values of each group."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for some, group in zip(values, groups):
+        found[group].extend(some)
+    return list(found.values())
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int:

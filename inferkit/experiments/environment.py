@@ -23,8 +23,8 @@ from inferkit.experiments.file import DeviceEntry, Environment
 __all__ = ["describe", "environment", "notebook_name", "scrubbed"]
 
 _PACKAGES = (
-    *("jupyter-inferkit", "torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"),
-    *("safetensors", "numpy", "ipykernel", "jupyterlab"),
+    *("torch", "transformers", "accelerate", "bitsandbytes", "tokenizers", "safetensors"),
+    *("numpy", "ipykernel", "jupyterlab"),
 )
 _GIT_SECONDS = 5
 _FOLDERS = re.compile(r"(?<![\w.~:/])(?:~|/[\w.+@-]+)(?:/[\w.+@-]+)*/|\b[A-Za-z]:\\(?:[^\\\s]+\\)*")
@@ -86,7 +86,10 @@ def scrubbed(text: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    """Versions by distribution name; our own is that of the code, however it got here."""
+    from inferkit import __version__
+
+    found = {"jupyter-inferkit": __version__}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)

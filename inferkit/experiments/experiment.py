@@ -50,6 +50,14 @@ class Experiment:
         self.path = path
         self._fresh = fresh
 
+    def as_recorded(self) -> Experiment:
+        """The same for whoever sees it later or elsewhere: its origin is a day and a machine.
+
+        "Measured here and now" is true only while the process that measured shows it; files get
+        this one.
+        """
+        return Experiment(self.file, self.path)
+
     # -- facts ----------------------------------------------------------------------------------
 
     @property
@@ -146,10 +154,10 @@ class Experiment:
             overwrite: Replace a file that is there.
 
         Raises:
-            OptionError: There is a file already, or no folder for it.
+            OptionError: There is a file already, or no folder for it; the path is none.
             ExperimentError: It cannot be written.
         """
-        target = Path(path).expanduser()
+        target = files.local_path(path)
         try:
             files.write(self.file, target, overwrite=overwrite)
         except OSError as error:
@@ -179,12 +187,12 @@ class Experiment:
             other: An experiment to compare it with, in a report.
 
         Raises:
-            OptionError: There is a file already, or it does not say which form.
+            OptionError: There is a file already, or it does not say which form; the path is none.
             ExperimentError: It cannot be written.
         """
         from inferkit.experiments import exports, report
 
-        target = Path(path).expanduser()
+        target = files.local_path(path)
         if kind == "html" or (kind is None and target.suffix.lower() in (".html", ".htm")):
             return report.to_html(self, target, overwrite=overwrite, other=other)
         return exports.write(self, target, kind, overwrite=overwrite)
@@ -261,18 +269,20 @@ def open_experiment(path: str | os.PathLike[str]) -> Experiment:
     when it was recorded; `inferkit.replay` measures it here and now.
 
     Raises:
+        OptionError: ``path`` is no path.
         ExperimentError: There is no such file; it is damaged, of a later version, or something
             else.
     """
-    file = files.read(path)
+    source = files.local_path(path)
+    file = files.read(source)
     for number, one in enumerate(file.requests):
         try:
             generation_of(one)
         except (OptionError, TypeError) as error:
             raise ExperimentError(
-                f"{Path(path).name} is damaged or was edited: request {number}: {error}"
+                f"{source.name} is damaged or was edited: request {number}: {error}"
             ) from None
-    return Experiment(file, Path(path).expanduser())
+    return Experiment(file, source)
 
 
 def opened(experiment: Experiment | str | os.PathLike[str]) -> Experiment:

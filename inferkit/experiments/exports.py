@@ -17,7 +17,7 @@ import msgspec
 from inferkit.definitions import DEFINITIONS, PER_SECOND
 from inferkit.errors import ExperimentError, OptionError
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import check_free, write_bytes
+from inferkit.experiments.file import check_free, local_path, write_bytes
 from inferkit.generation import Generation
 from inferkit.html import listed
 from inferkit.latency import LatencySummary
@@ -237,7 +237,7 @@ def write(
             parquet without pyarrow.
         ExperimentError: It cannot be written.
     """
-    target = Path(path).expanduser()
+    target = local_path(path)
     encode = _encoder(target, kind)
     check_free(target, overwrite)
     data = encode(exp)

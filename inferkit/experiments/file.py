@@ -35,6 +35,7 @@ PARTIAL = ".partial"
 """What the name of an unfinished experiment's journal has at its end."""
 
 _PLAIN = 32  # so many numbers are written as they are
+_NAME_MAX = 255  # of a file, where the system does not say
 
 
 class Packed(msgspec.Struct, frozen=True):
@@ -244,9 +245,12 @@ class Line(msgspec.Struct, tag_field="type", omit_defaults=True):
 
 
 class Began(Line, tag="experiment"):
-    """The first line: the file as it is before anything happened."""
+    """The first line: the file as it is before anything happened, with format and version.
 
-    file: ExperimentFile
+    Plain data, so that a later version is known by what it says, whatever else it holds.
+    """
+
+    file: dict[str, Any]
 
 
 class NewModel(Line, tag="model"):
@@ -337,8 +341,8 @@ def unpack(values: Ints) -> list[int]:
         inflate = zlib.decompressobj()
         raw = inflate.decompress(base64.b64decode(values.zlib, validate=True), 8 * values.n + 1)
         steps = array("q", raw)
-    except (ValueError, zlib.error) as error:
-        raise ExperimentError(f"a list of numbers is damaged: {error}") from None
+    except (ValueError, OverflowError, MemoryError, zlib.error) as error:
+        raise ExperimentError(f"a list of {values.n} numbers is damaged: {error}") from None
     if len(steps) != values.n:
         raise ExperimentError(f"a list of {values.n} numbers holds {len(steps)}")
     if sys.byteorder == "big":
@@ -362,13 +366,17 @@ def _with_numbers(file: ExperimentFile, convert: Any) -> ExperimentFile:
 
 def encode(file: ExperimentFile) -> bytes:
     """The bytes of the file: JSON, a line for each request."""
-    packed = msgspec.to_builtins(_with_numbers(file, pack))
+    packed = _plain(_with_numbers(file, pack))
     requests = packed.pop("requests", [])
-    packed = {"format": file.format, "version": file.version, **packed}
     head = msgspec.json.format(msgspec.json.encode(packed), indent=1).rstrip()
     head = head.removesuffix(b"}").rstrip()
     body = b",\n  ".join(msgspec.json.encode(one) for one in requests)
     return head + b',\n "requests": [\n  ' + body + b"\n ]\n}\n"
+
+
+def _plain(file: ExperimentFile) -> dict[str, Any]:
+    """The file as plain data, beginning with what tells a reader whether it can read the rest."""
+    return {"format": file.format, "version": file.version, **msgspec.to_builtins(file)}
 
 
 def decode(data: bytes, where: str) -> ExperimentFile:
@@ -383,10 +391,15 @@ def decode(data: bytes, where: str) -> ExperimentFile:
     """
     try:
         head = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ExperimentError(
-            f"{where} is no JSON, or was cut off ({error}). If it is a download, get it again."
+            f"{where} is no JSON, damaged or cut off ({error}). If it is a download, get it again."
         ) from None
+    return _converted(head, where)
+
+
+def _converted(head: Any, where: str) -> ExperimentFile:
+    """Plain data as the file that it is; errors as for `decode`."""
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ExperimentError(
             f'{where} is no experiment of inferkit\'s: it lacks "format": "{FORMAT}". Files of '
@@ -403,7 +416,7 @@ def decode(data: bytes, where: str) -> ExperimentFile:
     try:
         file = _with_numbers(msgspec.convert(head, ExperimentFile), unpack)
         _check(file)
-    except (msgspec.ValidationError, ExperimentError) as error:
+    except (msgspec.ValidationError, ExperimentError, RecursionError) as error:
         raise ExperimentError(f"{where} is damaged or was edited: {error}") from None
     return file
 
@@ -431,10 +444,11 @@ def read(path: str | os.PathLike[str]) -> ExperimentFile:
     """Read an experiment, or the journal of one that was not brought to its end.
 
     Raises:
+        OptionError: It is no path.
         ExperimentError: There is none, or it cannot be read.
     """
-    path = Path(path).expanduser()
-    journal = path if path.name.endswith(PARTIAL) else path.with_name(path.name + PARTIAL)
+    path = local_path(path)
+    journal = path if path.name.endswith(PARTIAL) else path.parent / (path.name + PARTIAL)
     try:
         if path != journal and path.exists():
             return decode(path.read_bytes(), path.name)
@@ -446,24 +460,36 @@ def read(path: str | os.PathLike[str]) -> ExperimentFile:
 
 
 def _read_journal(path: Path) -> ExperimentFile:
+    """What a journal has, up to the first line that is damaged: later ones go on from that one."""
+    first, *rest = path.read_bytes().split(b"\n")
+    file = _beginning(first, path.name)
     decoder = msgspec.json.Decoder(_LINES)
-    file = None
-    for raw in path.read_bytes().splitlines():
+    read = 0
+    for raw in rest:
         try:
-            line = decoder.decode(raw)
-            if file is None:
-                assert isinstance(line, Began)
-                file = line.file
-            else:
-                apply(file, line)
-        except (msgspec.DecodeError, AssertionError, IndexError, AttributeError):
-            break  # the last line of a process that was killed, and what a bad disk made of others
-    if file is None:
-        raise ExperimentError(f"{path.name} has no beginning: nothing of it can be read.")
+            apply(file, decoder.decode(raw))
+        except (msgspec.DecodeError, RecursionError, IndexError, AttributeError):
+            break
+        read += 1
+    # After the last line break stands nothing, or what a process that was killed had begun.
+    lost = len(rest) - 1 - read
+    if lost > 0:
+        file.notes.append(
+            f"Line {read + 2} of its journal is damaged: with it, {lost} lines were lost."
+        )
     if file.duration is None:
         file.notes.append("It was not brought to its end: this is what its journal has.")
-    _check(file)
-    return file
+    return _converted(_plain(file), path.name)
+
+
+def _beginning(line: bytes, where: str) -> ExperimentFile:
+    """The first line of a journal; errors as for `decode`."""
+    try:
+        began = msgspec.json.decode(line, type=Began)
+    except (msgspec.DecodeError, RecursionError):
+        raise ExperimentError(f"{where} has no beginning: nothing of it can be read.") from None
+    # Journals of inferkit 0.1.0 do not say these.
+    return _converted({"format": FORMAT, "version": 1} | began.file, where)
 
 
 def write(file: ExperimentFile, path: Path, *, overwrite: bool = False) -> None:
@@ -485,7 +511,7 @@ def write_bytes(data: bytes, path: Path) -> None:
         OSError: It cannot be written; what was there before is as it was.
     """
     # Opened as any new file is, for its permissions; tempfile's are its owner's alone.
-    beside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
+    beside = _beside(path)
     try:
         with beside.open("xb") as out:
             out.write(data)
@@ -498,12 +524,57 @@ def write_bytes(data: bytes, path: Path) -> None:
         raise
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path as it was given, with ~ spelled out.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        found = Path(path).expanduser()
+        os.fsencode(found)
+    except (TypeError, RuntimeError, UnicodeEncodeError) as error:
+        raise OptionError(
+            f"{path!r} is no path ({error}): give where the file is, as a string or a Path."
+        ) from None
+    if "\0" in str(found):
+        raise OptionError(f"{path!r} is no path: a name has no null character.")
+    return found
+
+
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raise OptionError where a file is there already, or no folder to put it in."""
-    if not path.parent.is_dir():
-        raise OptionError(f"There is no folder {path.parent} to write {path.name} to: make it.")
-    if path.is_dir() or (path.exists() and not overwrite):
+    """Raise OptionError where a file is there already, no folder for it, or its name too long."""
+    try:
+        if not path.parent.is_dir():
+            raise OptionError(f"There is no folder {path.parent} to write {path.name} to: make it.")
+        _check_length(path)
+        taken = path.is_dir() or (path.exists() and not overwrite)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written ({error.strerror}): give another.") from None
+    if taken:
         raise OptionError(f"{path} exists already: choose another name, or say overwrite=True.")
+
+
+def _check_length(path: Path) -> None:
+    """Raise OptionError where a name, or that of a file beside it, is longer than a folder takes.
+
+    What is beside it while it is written has the longer name: better to know before the work.
+    """
+    limit = os.pathconf(path.parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else _NAME_MAX
+    room = (limit if limit > 0 else _NAME_MAX) - max(
+        len(PARTIAL), len(_beside(path).name) - len(path.name)
+    )
+    length = len(os.fsencode(path.name))
+    if length > room:
+        raise OptionError(
+            f"{path.name[:40]}... is {length} bytes long, and a file's name may have {room} here: "
+            "give a shorter name, or another path."
+        )
+
+
+def _beside(path: Path) -> Path:
+    """A new name in the same folder, for what is not whole yet."""
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
 def public_name(name: str) -> str:
@@ -526,7 +597,7 @@ class Journal:
     def __init__(self, path: Path, file: ExperimentFile) -> None:
         self.path = path.with_name(path.name + PARTIAL)
         self._out: io.BufferedWriter | None = self.path.open("wb")
-        self.add([Began(file)])
+        self.add([Began(_plain(file))])
 
     def add(self, lines: Sequence[Line]) -> None:
         """Write lines, so that they outlive this process.

@@ -15,18 +15,18 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from inferkit.errors import ExperimentError
+from inferkit.errors import ExperimentError, OptionError
 from inferkit.experiments.experiment import Experiment, trace_of
 from inferkit.experiments.file import (
     FORMAT,
     ExperimentFile,
     ModeEntry,
     RequestEntry,
+    local_path,
 )
 from inferkit.experiments.importing import aiperf, guidellm, vllm
 from inferkit.experiments.importing.common import UNKNOWN, inner, nanoseconds
@@ -63,10 +63,13 @@ def import_experiment(path: str | os.PathLike[str], *, benchmark: int | None = N
         benchmark: Which result of a file that has several, from 0.
 
     Raises:
+        OptionError: ``path`` is no path, or ``benchmark`` no whole number.
         ExperimentError: There is no such file, or it is damaged or something else; it has no times
             of single requests; it has several results and ``benchmark`` says none.
     """
-    source = Path(path).expanduser()
+    source = local_path(path)
+    if benchmark is not None and (not isinstance(benchmark, int) or isinstance(benchmark, bool)):
+        raise OptionError(f"benchmark={benchmark!r}: give the number of a result, from 0, or None.")
     try:
         documents = _documents(source.read_bytes())
         found = _reader(documents[0])(documents, benchmark)

@@ -66,7 +66,7 @@ def record(
             total).
 
     Raises:
-        OptionError: There is a file already, no folder for it, or no name.
+        OptionError: There is a file already, no folder for it, or no name; the name is too long.
         ExperimentError: The file cannot be written.
     """
     return Recording(name, _path(name, path), redact, overwrite, progress)
@@ -75,9 +75,16 @@ def record(
 def _path(name: str, path: str | os.PathLike[str] | None) -> Path:
     if not isinstance(name, str) or not name.strip():
         raise OptionError(f"name={name!r}: give a word to call the experiment by.")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"name={name!r} is no text ({error.reason}): leave out the characters that stand as "
+            "\\ud800 to \\udfff."
+        ) from None
     if path is None:
         return Path(re.sub(r"[^\w.-]+", "-", name.strip()) + SUFFIX)
-    return Path(path).expanduser()
+    return files.local_path(path)
 
 
 @dataclass(slots=True, eq=False)
@@ -123,10 +130,11 @@ class Recording:
         overwrite: bool = False,
         progress: Progress = True,
     ) -> None:
-        self._path, self._overwrite, self._progress = path, overwrite, progress
-        self._redact = redact
-        if path is not None:
-            self._check_free(path)
+        self._overwrite, self._progress, self._redact = overwrite, progress, redact
+        # Where it begins it ends, whatever the working directory is by then.
+        self._path = None if path is None else path.absolute()
+        if self._path is not None:
+            self._check_free(self._path)
         file = ExperimentFile(name=name, created=_now(), environment=environment(), redacted=redact)
         self.experiment = Experiment(file, path, fresh=True)
         self._file = file
@@ -137,7 +145,8 @@ class Recording:
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
         self._lock = threading.RLock()
-        self._ended = threading.Event()
+        self._ended = threading.Event()  # nothing more is recorded
+        self._over = False  # the file is written, as far as it can be
         self._thread: threading.Thread | None = None
         self._epoch = 0
         self._pid = os.getpid()
@@ -190,9 +199,10 @@ class Recording:
     def stop(self) -> Experiment:
         """End it, and write the file. Safe to call twice.
 
-        What could not be written is in the experiment all the same, and a warning says so.
+        Where the first call was interrupted, the second does what was left. What could not be
+        written is in the experiment all the same, and a warning says so.
         """
-        if self._thread is None or self._ended.is_set() or os.getpid() != self._pid:
+        if self._thread is None or self._over or os.getpid() != self._pid:
             return self.experiment
         self._ended.set()
         for listeners, hook in self._hooks:
@@ -200,16 +210,22 @@ class Recording:
                 listeners.remove(hook)
         self._thread.join()
         with self._lock:
+            if not self._over:  # by another thread, meanwhile
+                self._finish()
+        return self.experiment
+
+    def _finish(self) -> None:
+        """Write down the last of it, and the file; again where this was interrupted before."""
+        if self._file.duration is None:
             self._collect()
-            duration = self._since(time.perf_counter_ns())
+            self._file.duration = self._since(time.perf_counter_ns())
             if self._live:
                 self._file.notes.append(f"{len(self._live)} requests had not ended when it did.")
-            try:
-                self._hash()
-            finally:
-                self._file.duration = duration
-                self._write()
-        return self.experiment
+        try:
+            self._hash()
+        finally:
+            self._write()
+            self._over = True
 
     # -- hearing --------------------------------------------------------------------------------
 

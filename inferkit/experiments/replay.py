@@ -181,7 +181,7 @@ class Replay:
             "exact": self.exact,
             "verdict": self.verdict,
             "recorded": self.recorded.origin,
-            "measured": self.measured.origin,
+            "measured": self.measured.as_recorded().origin,  # a file stays, and now passes
             "notes": list(self.notes),
             "outcomes": [
                 {
@@ -647,7 +647,8 @@ class _Run:
             return Outcome(number, recorded, got, None, None, kind, other)
         judged = self._judged.get(number)
         kind, reason = self._why(one, got, judged)
-        return Outcome(number, recorded, got, at, judged and judged.gap, kind, reason)
+        gap = None if judged is None else judged.gap
+        return Outcome(number, recorded, got, at, gap, kind, reason)
 
     def _why(self, one: RequestEntry, got: Generation, judged: Judgement | None) -> tuple[str, str]:
         """What kind of difference it is, and what is likely to be the reason."""

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 from inferkit.errors import ExperimentError
 from inferkit.experiments.difference import QUANTITIES, Difference, Table
 from inferkit.experiments.experiment import Experiment, generation_of
-from inferkit.experiments.file import ModeEntry, RequestEntry, check_free, write_bytes
+from inferkit.experiments.file import (
+    ModeEntry,
+    RequestEntry,
+    check_free,
+    local_path,
+    write_bytes,
+)
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary
 from inferkit.trace import NS
@@ -55,7 +61,7 @@ def to_html(
             one of the two has no request that succeeded.
         ExperimentError: It cannot be written.
     """
-    target = Path(path).expanduser()
+    target = local_path(path)
     check_free(target, overwrite)
     text = page(exp, other)
     try:
@@ -68,13 +74,14 @@ def to_html(
 
 
 def page(exp: Experiment, other: Experiment | None = None) -> str:
-    """The text of the page."""
+    """The text of the page, which outlives the process that measured."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     from inferkit import __version__
 
+    exp = exp.as_recorded()
     templates = Environment(
         loader=PackageLoader("inferkit.experiments"),
         autoescape=True,
@@ -84,7 +91,7 @@ def page(exp: Experiment, other: Experiment | None = None) -> str:
     )
     templates.filters |= {"bytes": format_bytes, "number": format_number, "seconds": _seconds}
     templates.filters["numeric"] = _numeric
-    difference = None if other is None else Difference(exp, other)
+    difference = None if other is None else Difference(exp, _recorded(other))
     summary = exp.summary() if exp.generations else None
     return templates.get_template("report.html").render(
         exp=exp,
@@ -101,6 +108,11 @@ def page(exp: Experiment, other: Experiment | None = None) -> str:
         plotly=Markup(get_plotlyjs()),
         safe_json=_safe_json,
     )
+
+
+def _recorded(other: Any) -> Any:
+    """An experiment as files show it; of anything else `Difference` says that it is none."""
+    return other.as_recorded() if isinstance(other, Experiment) else other
 
 
 # -- numbers and requests -------------------------------------------------------------------------

@@ -162,7 +162,7 @@ class InferMagics(Magics):
 
     def _share(self, arguments: argparse.Namespace) -> None:
         options = given(arguments, ("repo", "ref", "notebook"))
-        shown = self._recording and self._recording.experiment
+        shown = None if self._recording is None else self._recording.experiment
         if "experiment" in arguments:
             shown = ik.open(arguments.experiment)
         self._show(ik.binder_link(**options, experiment=shown))

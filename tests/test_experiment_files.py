@@ -1,0 +1,278 @@
+"""What may happen to the file of an experiment: damage, odd names, interrupts, other folders."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from measured import small
+
+import inferkit as ik
+from inferkit.experiments import file as files
+from inferkit.experiments.environment import environment
+from inferkit.experiments.file import PARTIAL
+
+OPTIONS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
+
+
+@pytest.fixture
+def model(tiny_model: Callable[[str], Path]) -> Iterator[ik.Model]:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 192}
+    with ik.load(tiny_model("llama"), max_batch=3, progress=False, **options) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "one.json"
+
+
+# -- the journal ----------------------------------------------------------------------------------
+
+
+def journal(path: Path) -> list[dict[str, Any]]:
+    """Write the journal of five requests, and give its lines."""
+    made = small().file
+    requests, made.requests, made.duration = made.requests, [], None
+    writer = files.Journal(path, made)
+    writer.add([files.NewRequest(one) for one in requests])
+    writer.close()
+    return [json.loads(line) for line in beside(path).read_bytes().splitlines()]
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    beside(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_a_journal_begins_with_its_format_and_version(path: Path) -> None:
+    first = journal(path)[0]["file"]
+    assert list(first)[:2] == ["format", "version"]
+    assert (first["format"], first["version"]) == (files.FORMAT, files.VERSION)
+    assert len(ik.open(path).file.requests) == 5
+
+
+def test_a_journal_that_does_not_say_its_version_is_of_the_first(path: Path) -> None:
+    lines = journal(path)
+    del lines[0]["file"]["format"], lines[0]["file"]["version"]
+    write_lines(path, lines)
+    assert len(ik.open(path).file.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("version", 9, "version 9 of the format.*upgrade"),
+        ("version", "x", "which is none"),
+        ("format", "other", "no experiment"),
+        ("name", 7, r"damaged or was edited.*\$.name"),
+        ("created", "yesterday", "damaged or was edited: created"),
+    ],
+)
+def test_a_journal_is_checked_as_the_whole_file(
+    path: Path, field: str, value: Any, said: str
+) -> None:
+    lines = journal(path)
+    lines[0]["file"][field] = value
+    write_lines(path, lines)
+    with pytest.raises(ik.ExperimentError, match=said):
+        ik.open(path)
+
+
+def test_facts_of_a_journal_are_checked_as_those_of_the_file(path: Path) -> None:
+    facts = {"type": "tokens", "request": 0, "facts": {"finish_reason": 5}}
+    write_lines(path, [*journal(path), facts])
+    with pytest.raises(ik.ExperimentError, match=r"damaged or was edited.*finish_reason"):
+        ik.open(path)
+
+
+def test_lines_after_a_damaged_one_are_counted_as_lost(path: Path) -> None:
+    journal(path)
+    lines = beside(path).read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3][:20] + b"\r\0" + lines[3][22:]
+    beside(path).write_bytes(b"".join(lines))
+    found = ik.open(path)
+    assert len(found.file.requests) == 2
+    assert "Line 4 of its journal is damaged: with it, 3 lines were lost." in found.notes
+    assert "not brought to its end" in found.notes[-1]
+
+
+def test_a_line_that_a_killed_process_had_begun_is_no_damage(path: Path) -> None:
+    journal(path)
+    with beside(path).open("ab") as out:
+        out.write(b'{"type":"tokens","requ')
+    assert "damaged" not in " ".join(ik.open(path).notes)
+
+
+def test_a_journal_without_a_beginning_says_so(path: Path) -> None:
+    write_lines(path, journal(path)[1:])
+    with pytest.raises(ik.ExperimentError, match="no beginning"):
+        ik.open(path)
+
+
+# -- damage that would be no error of ours --------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2**62, 2**60 - 1, -1])
+def test_numbers_that_promise_too_much_are_damaged(path: Path, count: int) -> None:
+    data = json.loads(small().save(path).read_bytes())
+    data["requests"][0]["tokens"] = {"n": count, "zlib": "eNpjYIAAAAAIAAE="}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ik.ExperimentError, match="damaged"):
+        ik.open(path)
+
+
+def test_numbers_for_which_there_is_no_memory_are_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any, **__: Any) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(files.base64, "b64decode", none_left)
+    with pytest.raises(ik.ExperimentError, match="damaged"):
+        files.unpack(files.Packed(40, "AA=="))
+
+
+def test_json_that_is_nested_too_deep_is_damaged(path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    path.write_text(f'{{"format": "inferkit-experiment", "x": {deep}}}', encoding="utf-8")
+    with pytest.raises(ik.ExperimentError, match="damaged"):
+        ik.open(path)
+    path.unlink()
+    lines = journal(path)
+    with beside(path).open("a", encoding="utf-8") as out:
+        out.write(f'{{"type": "tokens", "request": 0, "facts": {{"x": {deep}}}}}\n')
+    assert len(ik.open(path).file.requests) == len(lines) - 1
+
+
+# -- names and paths ------------------------------------------------------------------------------
+
+
+def test_a_name_that_no_folder_takes_is_refused_with_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ik.OptionError, match=r"314 bytes long.* may have \d+ here"):
+        ik.record("a" * 300)
+    with pytest.raises(ik.OptionError, match=r"may have \d+ here"):
+        small().save("é" * 125)
+    with pytest.raises(ik.OptionError, match="too long"):
+        small().save("d/" * 5000 + "one.json")
+    with pytest.raises(ik.ExperimentError, match="cannot be read"):
+        ik.open("a" * 300)
+
+
+def test_the_longest_name_that_is_taken_can_be_recorded_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ik.OptionError) as refused:
+        small().save("a" * 300)
+    room = int(str(refused.value).partition("may have ")[2].split()[0])
+    name = "a" * (room - len(".inferkit.json"))
+    with ik.record(name, progress=False):
+        pass
+    assert ik.open(f"{name}.inferkit.json").name == name
+    # It may be called what it likes where the file has another name.
+    with ik.record("a" * 300, path="short.json", progress=False):
+        pass
+    assert ik.open("short.json").name == "a" * 300
+
+
+def test_a_name_that_is_no_text_is_refused(path: Path) -> None:
+    with pytest.raises(ik.OptionError, match="is no text"):
+        ik.record("half \ud83d", path=path)
+    with pytest.raises(ik.OptionError, match="is no path"):
+        ik.record("whole", path=f"{path}\ud83d")
+
+
+@pytest.mark.parametrize("given", [None, 3, b"one.json", ["one.json"], "a\0b", "~nobody-of-that/x"])
+def test_what_is_no_path_is_refused(given: Any) -> None:
+    for take in (ik.open, ik.import_experiment, small().save, small().export):
+        with pytest.raises(ik.OptionError, match="is no path"):
+            take(given)
+    with pytest.raises(ik.OptionError, match="is no path"):
+        small().export(given, "csv")
+
+
+@pytest.mark.parametrize("given", ["", "."])
+def test_a_folder_is_no_experiment(given: str) -> None:
+    with pytest.raises(ik.ExperimentError, match="cannot be read"):
+        ik.open(given)
+
+
+@pytest.mark.parametrize("given", ["x", 1.0, True])
+def test_which_result_is_said_by_its_number(path: Path, given: Any) -> None:
+    with pytest.raises(ik.OptionError, match=r"benchmark=.*from 0"):
+        ik.import_experiment(path, benchmark=given)
+
+
+def test_it_is_written_where_it_began(
+    tmp_path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, then = tmp_path / "first", tmp_path / "then"
+    first.mkdir()
+    then.mkdir()
+    monkeypatch.chdir(first)
+    with ik.record("moved", progress=False):
+        monkeypatch.chdir(then)
+        model.generate([5, 6, 7], **OPTIONS)
+    assert list(then.iterdir()) == []
+    (written,) = first.iterdir()
+    assert written.name == "moved.inferkit.json"
+    assert len(ik.open(written).generations) == 1
+    assert str(tmp_path) not in written.read_text(encoding="utf-8")
+
+
+# -- an interrupt ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["join", "write"])
+def test_a_second_stop_does_what_was_left_of_the_first(
+    path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    recorder = ik.record("twice", path=path, progress=False)
+    recorder.start()
+    model.generate([5, 6, 7], **OPTIONS)
+    with monkeypatch.context() as patched:
+        if where == "join":
+            patched.setattr(threading.Thread, "join", interrupted)
+        else:
+            patched.setattr(files, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            recorder.stop()
+    assert not path.exists()
+    assert not recorder.running
+    exp = recorder.stop()
+    assert ik.open(path).file == exp.file
+    assert exp.complete
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+    before = path.stat().st_mtime_ns
+    recorder.stop()
+    assert path.stat().st_mtime_ns == before
+
+
+# -- the environment ------------------------------------------------------------------------------
+
+
+def test_our_version_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the package is run from its sources, or another version's metadata is about."""
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(ik, "__version__", "9.8.7")
+    assert environment().packages["jupyter-inferkit"] == "9.8.7"
+    monkeypatch.setattr(metadata, "version", missing)
+    assert environment().packages == {"jupyter-inferkit": "9.8.7"}
+    assert sys.modules["inferkit"].__version__ == "9.8.7"
