@@ -8,6 +8,7 @@ latencies milliseconds, memory bytes.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal
 
 import msgspec
@@ -272,6 +273,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 def schema() -> dict[str, Any]:
     """The JSON Schema of what travels (`Report`)."""
     found = msgspec.json.schema(Report)
+    for definition in found["$defs"].values():
+        definition["description"] = inspect.cleandoc(definition["description"])
+        definition["required"] = list(definition["properties"])  # defaults are written too
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     found["title"] = "State of inferkit's kernels"
     return found
