@@ -1,6 +1,6 @@
 """What the sidebar of JupyterLab asks of a kernel: `do`, called when a person clicks.
 
-JupyterLab evaluates ``inferkit.notebook.actions.do(name, **arguments)`` as a user expression of a
+JupyterLab evaluates ``inferkit.notebook.actions.do(action, **arguments)`` as a user expression of a
 silent request, on a subshell where the kernel has them, so that it is done while a cell runs. The
 answer (`inferkit.lab.schema.Answer`) comes back as JSON; what goes wrong is in it, and raised
 nowhere. Numbers and progress do not travel here: they are in the kernel's file (`inferkit.lab`).
@@ -51,20 +51,20 @@ class Told:
         return self.answer.text
 
 
-def do(name: str, **arguments: Any) -> Told:
+def do(action: str, /, **arguments: Any) -> Told:
     """Do what was clicked, and tell how it went.
 
     Args:
-        name: One of `inferkit.lab.status.ACTIONS`.
+        action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
         arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
             keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
             `inferkit.Model.configure`; ``share``: none.
     """
-    action = _ACTIONS.get(name)
+    work = _ACTIONS.get(action)
     try:
-        if action is None:
-            raise OptionError(f"inferkit {ik.__version__} cannot {name!r}: {listed(_ACTIONS)}.")
-        return Told(action(**arguments))
+        if work is None:
+            raise OptionError(f"inferkit {ik.__version__} cannot {action!r}: {listed(_ACTIONS)}.")
+        return Told(work(**arguments))
     except KeyboardInterrupt:
         return Told(Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt"))
     except InferkitError as error:
@@ -75,13 +75,12 @@ def do(name: str, **arguments: Any) -> Told:
         return Told(Answer(ok=False, text=text, kind=type(error).__name__, notes=[where]))
 
 
-def panel(model: str | None = None) -> Panel:
-    """The panel that JupyterLab shows in a tab of its own: always the same of one model."""
-    found = ik.Panel(_model(model)) if model is not None else ik.Panel()
-    former = _panels.setdefault(model or "", found)
-    if former is not found:
-        found.close()
-    return former
+def panel(model: str) -> Panel:
+    """The panel that JupyterLab shows in a tab: the same each time it is asked for."""
+    if model not in _panels:
+        known = {m.name: m for m in loaded_models()}
+        _panels[model] = ik.Panel(known.get(model))
+    return _panels[model]
 
 
 def _load(ref: str, **options: Any) -> Answer:
