@@ -67,8 +67,7 @@ def install(wheel: Path, folder: Path) -> Installed:
     own = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
     theirs = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     (own / "theirs.pth").write_text("\n".join(theirs))
-    widgets = place / "share" / "jupyter" / "labextensions" / "@jupyter-widgets"
-    shutil.copytree(_JUPYTER / "labextensions" / "@jupyter-widgets", widgets)
+    _bring_along(place)
     home = folder / "home"
     home.mkdir()
     variables = os.environ | {
@@ -79,6 +78,16 @@ def install(wheel: Path, folder: Path) -> Installed:
         "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
     }
     return Installed(wheel, python, variables)
+
+
+def _bring_along(place: Path) -> None:
+    """What other packages have beside their code: the renderer of widgets, parts of the server."""
+    widgets = Path("share", "jupyter", "labextensions", "@jupyter-widgets")
+    shutil.copytree(Path(sys.prefix) / widgets, place / widgets)
+    enabled = Path("etc", "jupyter", "jupyter_server_config.d")
+    for path in (Path(sys.prefix) / enabled).glob("*.json"):
+        if path.name != "inferkit.json":
+            shutil.copy(path, place / enabled)
 
 
 def _without_node(bin_folder: Path, folder: Path) -> str:

@@ -124,7 +124,7 @@ class Tab:
     def command(self, name: str, arguments: dict[str, str] | None = None) -> None:
         """Run one of JupyterLab's commands; return when it is done."""
         self.page.evaluate(
-            "([name, arguments]) => jupyterapp.commands.execute(name, arguments)",
+            "async ([name, given]) => { await jupyterapp.commands.execute(name, given) }",
             [name, arguments or {}],
         )
 
@@ -228,9 +228,7 @@ def serve(
     environment |= {"JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home)}
     log = home / "server.log"
     with log.open("w") as lines:
-        server = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=lines, stderr=lines
-        )
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=lines, stderr=lines)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_up(f"{url}/api", server, log)

@@ -2,9 +2,10 @@ import type { History, ModelState, State } from './schema';
 
 const SLOTS = 60;
 
-/** A sparkline: a path per unbroken stretch, and the bounds of what it shows. */
+/** A sparkline: paths of its unbroken stretches and what is below them, dots, and its top in ms. */
 export interface Spark {
   readonly lines: string[];
+  readonly areas: string[];
   readonly dots: [number, number][];
   readonly top: number;
 }
@@ -29,12 +30,16 @@ export function spark(
   };
   const y = (itl: number): number => height - 1 - (itl / top) * (height - 2);
   const lines: string[] = [];
+  const areas: string[] = [];
   const dots: [number, number][] = [];
   let points: string[] = [];
   const end = (): void => {
-    if (points.length > 0) {
+    const [first, last] = [points[0], points.at(-1)];
+    if (first && last) {
       // A single point is drawn as a dash.
-      lines.push(`M${points.join('L')}${points.length === 1 ? 'h1.5' : ''}`);
+      const line = `M${points.join('L')}${points.length === 1 ? 'h1.5' : ''}`;
+      lines.push(line);
+      areas.push(`${line}V${height}H${first.split(' ', 1).join()}z`);
     }
     points = [];
   };
@@ -49,7 +54,7 @@ export function spark(
     }
   });
   end();
-  return { lines, dots, top };
+  return { lines, areas, dots, top };
 }
 
 /** Bytes as the library writes them. */
@@ -60,18 +65,12 @@ export function bytes(count: number): string {
     : `${(count / 2 ** 20).toFixed(0)} MiB`;
 }
 
-/** Milliseconds with three digits or so; a dash where there are none. */
-export function milliseconds(value: number | null): string {
-  return value === null ? '–' : `${number(value)} ms`;
-}
-
-/** A number with three digits or so. */
-export function number(value: number): string {
-  return value >= 100
-    ? value.toFixed(0)
-    : value >= 10
-      ? value.toFixed(1)
-      : value.toFixed(2);
+/** A number with three digits or so; a dash where there is none. */
+export function figure(value: number | null): string {
+  if (value === null) {
+    return '–';
+  }
+  return value.toFixed(value >= 100 || value === 0 ? 0 : value >= 10 ? 1 : 2);
 }
 
 /** "1 request", "2 requests". */
@@ -97,7 +96,7 @@ export function summary(state: State): { text: string; title: string } {
     fullest === undefined
       ? ''
       : `${fullest.name} ${(fullest.used / 2 ** 30).toFixed(1)}/${bytes(fullest.total)}`;
-  const speed = loaded.length > 0 ? `${number(rate)} tok/s` : 'no model';
+  const speed = loaded.length > 0 ? `${figure(rate)} tok/s` : 'no model';
   return {
     text: [memory, speed].filter(Boolean).join(' · '),
     title:

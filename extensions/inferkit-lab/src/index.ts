@@ -254,7 +254,7 @@ function activate(
 
   // -- commands -----------------------------------------------------------------------------------
 
-  const hasNotebook = (): boolean => current() !== null;
+  const hasNotebook = (): boolean => tracker.currentWidget !== null;
   const shareable = (): boolean =>
     known()?.state?.actions.includes('share') === true;
 

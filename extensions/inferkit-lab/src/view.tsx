@@ -1,5 +1,5 @@
 import { useEffect, useRef, useState, type JSX } from 'react';
-import { bytes, counted, milliseconds, number, spark } from './figures';
+import { bytes, counted, figure, spark } from './figures';
 import type {
   Answer,
   Attached,
@@ -235,7 +235,7 @@ function Device(props: {
       : `${device.utilization.toFixed(0)} % busy`;
   return (
     <div className="jp-Inferkit-device">
-      <div className="jp-Inferkit-row">
+      <div className="jp-Inferkit-row jp-Inferkit-head">
         <b>{device.name}</b>
         <span
           className="jp-Inferkit-soft jp-Inferkit-cut"
@@ -243,6 +243,7 @@ function Device(props: {
         >
           {device.description}
         </span>
+        <span className="jp-Inferkit-soft jp-Inferkit-end">{busy}</span>
       </div>
       <div
         className="jp-Inferkit-bar"
@@ -267,10 +268,9 @@ function Device(props: {
         <span>
           {bytes(device.used)} of {bytes(device.total)}
         </span>
-        <span className="jp-Inferkit-key">
+        <span className="jp-Inferkit-key jp-Inferkit-end">
           <i className="jp-Inferkit-swatch jp-mod-other" /> other {bytes(other)}
         </span>
-        <span className="jp-Inferkit-end">{busy}</span>
       </div>
     </div>
   );
@@ -321,10 +321,10 @@ function Loader(props: {
             void run(() => deeds.act(current.kernelId, 'load', given), true);
           }}
         >
-          <div className="jp-Inferkit-row">
+          <div className="jp-Inferkit-form">
             <input
               ref={field}
-              className="jp-mod-styled jp-Inferkit-grow"
+              className="jp-mod-styled"
               aria-label="Model: demo, a hub id, a folder or a .gguf file"
               title="demo, a hub id, a folder or a .gguf file"
               required
@@ -610,14 +610,14 @@ function Latency({
 }): JSX.Element {
   const drawn = model.history && spark(model.history, now, WIDTH, HEIGHT);
   const facts: [string, string, string][] = [
-    ['ITL', milliseconds(model.itl), 'Median gap between tokens of late'],
-    ['p99', milliseconds(model.itl_p99), '99th percentile of the gaps'],
+    ['ITL ms', figure(model.itl), 'Median gap between tokens of late'],
+    ['p99 ms', figure(model.itl_p99), '99th percentile of these gaps'],
     [
-      'TTFT',
-      milliseconds(model.ttft),
+      'TTFT ms',
+      figure(model.ttft),
       'Time to first token of the latest request'
     ],
-    ['tok/s', number(model.rate), 'Output tokens per second, now']
+    ['tok/s', figure(model.rate), 'Output tokens per second, now']
   ];
   const said = facts.map(([name, value]) => `${name} ${value}`).join(', ');
   return (
@@ -631,7 +631,7 @@ function Latency({
       >
         <title>
           {drawn
-            ? `Gap between tokens (ITL) in the last minute; the top is ${number(drawn.top)} ms. ` +
+            ? `Gap between tokens (ITL) in the last minute; the top is ${figure(drawn.top)} ms. ` +
               'Dots: first tokens of requests.'
             : 'No token in the last minute.'}
         </title>
@@ -642,6 +642,9 @@ function Latency({
           y1={HEIGHT - 0.5}
           y2={HEIGHT - 0.5}
         />
+        {drawn?.areas.map(path => (
+          <path key={path} className="jp-Inferkit-area" d={path} />
+        ))}
         {drawn?.lines.map(path => (
           <path key={path} className="jp-Inferkit-itl" d={path} />
         ))}
