@@ -131,6 +131,7 @@ def window(browser: Browser, served: Lab, tiny_model: TinyModel) -> Iterator[Sid
     """Two notebooks, each with a model, and the sidebar."""
     tab = open_notebook(browser, served, served.write("first.ipynb", *CELLS))
     expect.set_options(timeout=1000 * SECONDS)
+    tab.page.set_default_timeout(1000 * SECONDS)
     sidebar = Sidebar(tab, served)
     sidebar.tab.command("inferkit:show")
     expect(sidebar.root).to_contain_text("No kernel has a model.")

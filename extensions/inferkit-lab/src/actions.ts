@@ -1,14 +1,7 @@
-import type { Kernel } from '@jupyterlab/services';
-import type { JSONObject, JSONValue } from '@lumino/coreutils';
+import { KernelMessage, type Kernel } from '@jupyterlab/services';
+import type { JSONObject } from '@lumino/coreutils';
+import { answerOf, asked, refusal, type Evaluated } from './answers';
 import type { Answer } from './schema';
-
-const JSON_TYPE = 'application/json';
-const VERSION = expression('importlib.metadata', 'version', [
-  'jupyter-inferkit'
-]);
-
-/** The first version of inferkit that a kernel must have. */
-export const NEEDED = '0.1.0';
 
 /**
  * Have a kernel do something: see inferkit/notebook/actions.py.
@@ -30,11 +23,29 @@ export async function act(
   }
   const kernel = kernels.connectTo({ model, handleComms: false });
   try {
-    const info = await kernel.info;
+    await connected(kernel);
+    const info = await control<KernelMessage.IInfoReply>(
+      kernel,
+      'kernel_info_request'
+    );
     if (info.language_info.name !== 'python') {
       return refusal('inferkit runs in Python kernels only.');
     }
-    return await onSubshell(kernel, () => ask(kernel, name, given));
+    if (!info.supported_features?.includes('kernel subshells')) {
+      return await ask(kernel, name, given); // once the cell that runs is done
+    }
+    const made = await control<{ subshell_id: string }>(
+      kernel,
+      'create_subshell_request'
+    );
+    kernel.subshellId = made.subshell_id;
+    try {
+      return await ask(kernel, name, given);
+    } finally {
+      if (kernel.connectionStatus === 'connected') {
+        await control(kernel, 'delete_subshell_request', { ...made });
+      }
+    }
   } catch (error) {
     return refusal(
       `The kernel gave no answer: ${error instanceof Error ? error.message : String(error)}`
@@ -44,23 +55,37 @@ export async function act(
   }
 }
 
-async function onSubshell<T>(
+/** Waits until messages can be sent. */
+function connected(kernel: Kernel.IKernelConnection): Promise<void> {
+  return new Promise((resolve, reject) => {
+    const look = (): void => {
+      if (kernel.connectionStatus === 'connected') {
+        resolve();
+      } else if (kernel.connectionStatus === 'disconnected') {
+        reject(new Error('it cannot be reached.'));
+      }
+    };
+    kernel.connectionStatusChanged.connect(look);
+    look();
+  });
+}
+
+/** Ask on the control channel, which a kernel answers while a cell runs. */
+async function control<T>(
   kernel: Kernel.IKernelConnection,
-  work: () => Promise<T>
+  msgType: string,
+  content: JSONObject = {}
 ): Promise<T> {
-  if (!kernel.supportsSubshells) {
-    return await work(); // once the cell that runs is done
-  }
-  const made = await kernel.requestCreateSubshell({}).done;
-  const { subshell_id } = made.content;
-  kernel.subshellId = subshell_id;
-  try {
-    return await work();
-  } finally {
-    if (!kernel.isDisposed && kernel.connectionStatus === 'connected') {
-      await kernel.requestDeleteSubshell({ subshell_id }).done;
-    }
-  }
+  const message = KernelMessage.createMessage({
+    // Of these types, one is known to be of the shell's channel alone.
+    msgType: msgType as 'create_subshell_request',
+    channel: 'control',
+    session: kernel.clientId,
+    username: kernel.username,
+    content
+  });
+  const reply = await kernel.sendControlMessage(message, true).done;
+  return reply.content as T;
 }
 
 async function ask(
@@ -73,10 +98,7 @@ async function ask(
     silent: true,
     store_history: false,
     allow_stdin: false,
-    user_expressions: {
-      answer: expression('inferkit.notebook.actions', 'do', [name], given),
-      version: VERSION
-    }
+    user_expressions: asked(name, given)
   });
   const { content } = await future.done;
   if (content.status !== 'ok') {
@@ -85,58 +107,4 @@ async function ask(
   return answerOf(
     content.user_expressions as unknown as Record<string, Evaluated>
   );
-}
-
-/** What a kernel gives for a user expression. */
-export interface Evaluated {
-  status: string;
-  data?: Record<string, JSONValue>;
-  ename?: string;
-  evalue?: string;
-}
-
-/** The answer, or why there is none: for one, because the kernel's inferkit is too old. */
-export function answerOf(found: Record<string, Evaluated>): Answer {
-  const { answer, version } = found;
-  const told = answer?.data?.[JSON_TYPE];
-  if (told !== undefined) {
-    return told as unknown as Answer;
-  }
-  if (version?.status !== 'ok') {
-    return refusal(
-      "inferkit is not installed in this kernel's environment: run `%pip install " +
-        'jupyter-inferkit` in the notebook, and restart its kernel.'
-    );
-  }
-  const shown = version.data?.['text/plain'];
-  const own = typeof shown === 'string' ? shown.replace(/['"]/g, '') : '';
-  if (
-    answer?.ename === 'ModuleNotFoundError' ||
-    answer?.ename === 'ImportError'
-  ) {
-    return refusal(
-      `This kernel has inferkit ${own}, and ${NEEDED} or later with the JupyterLab extension is ` +
-        'needed: upgrade jupyter-inferkit in its environment, and restart it.'
-    );
-  }
-  return refusal(`${answer?.ename ?? 'Error'}: ${answer?.evalue ?? ''}`);
-}
-
-/** Python that calls a function of a module; strings of JSON are strings of Python. */
-export function expression(
-  module: string,
-  name: string,
-  args: string[],
-  keywords: JSONObject = {}
-): string {
-  const written = args.map(arg => JSON.stringify(arg));
-  if (Object.keys(keywords).length > 0) {
-    const json = JSON.stringify(JSON.stringify(keywords));
-    written.push(`**__import__("json").loads(${json})`);
-  }
-  return `__import__("${module}", fromlist=["${name}"]).${name}(${written.join(', ')})`;
-}
-
-function refusal(text: string): Answer {
-  return { ok: false, text, kind: 'Refused', link: '', code: '', notes: [] };
 }

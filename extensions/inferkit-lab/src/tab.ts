@@ -3,7 +3,7 @@ import type { NotebookPanel } from '@jupyterlab/notebook';
 import { OutputAreaModel, SimplifiedOutputArea } from '@jupyterlab/outputarea';
 import type { Kernel } from '@jupyterlab/services';
 import { Widget } from '@lumino/widgets';
-import { expression } from './actions';
+import { expression } from './answers';
 import { inferenceIcon } from './names';
 
 /** What leads to a tab again after the page was reloaded. */
