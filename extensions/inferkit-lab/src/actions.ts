@@ -84,8 +84,23 @@ async function control<T>(
     username: kernel.username,
     content
   });
-  const reply = await kernel.sendControlMessage(message, true).done;
-  return reply.content as T;
+  const future = kernel.sendControlMessage(message, true);
+  const reply = await replyTo(future);
+  return reply.content as unknown as T;
+}
+
+/**
+ * The reply to a message, without what a future waits for besides: that the kernel tells that it is
+ * idle, under which message it does not say reliably where several threads tell so at once.
+ */
+function replyTo<T extends KernelMessage.IMessage>(future: {
+  onReply: (reply: T) => void | PromiseLike<void>;
+  readonly done: Promise<unknown>;
+}): Promise<T> {
+  return new Promise((resolve, reject) => {
+    future.onReply = resolve;
+    future.done.catch(reject); // the kernel was restarted, or has died
+  });
 }
 
 async function ask(
@@ -100,7 +115,7 @@ async function ask(
     allow_stdin: false,
     user_expressions: asked(name, given)
   });
-  const { content } = await future.done;
+  const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
   if (content.status !== 'ok') {
     return refusal('The kernel was interrupted.');
   }
