@@ -42,6 +42,7 @@ export async function act(
     try {
       return await ask(kernel, name, given);
     } finally {
+      kernel.subshellId = null; // or the connection would delete it again
       if (kernel.connectionStatus === 'connected') {
         await control(kernel, 'delete_subshell_request', { ...made });
       }
