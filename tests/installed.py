@@ -81,9 +81,10 @@ def install(wheel: Path, folder: Path) -> Installed:
 
 
 def _bring_along(place: Path) -> None:
-    """What other packages have beside their code: the renderer of widgets, parts of the server."""
-    widgets = Path("share", "jupyter", "labextensions", "@jupyter-widgets")
-    shutil.copytree(Path(sys.prefix) / widgets, place / widgets)
+    """What other packages have beside their code: renderers of widgets, parts of the server."""
+    for name in ("@jupyter-widgets", "anywidget"):
+        widgets = Path("share", "jupyter", "labextensions", name)
+        shutil.copytree(Path(sys.prefix) / widgets, place / widgets)
     enabled = Path("etc", "jupyter", "jupyter_server_config.d")
     for path in (Path(sys.prefix) / enabled).glob("*.json"):
         if path.name != "inferkit.json":

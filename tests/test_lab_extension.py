@@ -270,7 +270,7 @@ def test_choices_in_the_sidebar_change_the_kernels_model(sidebar: Sidebar) -> No
 
 
 def test_what_a_kernel_refuses_is_said_and_can_be_dismissed(sidebar: Sidebar) -> None:
-    sidebar.root.get_by_text("Load a model into first.ipynb").click()
+    sidebar.tab.command("inferkit:load")
     field = sidebar.root.get_by_label("Model: demo")
     field.fill("nobody/nothing")
     sidebar.button("Load").click()
@@ -302,7 +302,7 @@ def test_a_model_is_loaded_from_the_sidebar_and_its_cell_inserted(
 def test_clicks_leave_no_connection_and_no_subshell_behind(sidebar: Sidebar) -> None:
     page = sidebar.tab.page
     opened: list[Any] = []
-    page.on("websocket", opened.append)
+    page.on("websocket", lambda made: opened.append(made))
     model = sidebar.model("first.ipynb", "demo")
     for batching in ("continuous", "off", "continuous"):
         model.get_by_label("Batching of demo").select_option(batching)
@@ -370,11 +370,12 @@ def test_completion_of_the_magic_comes_from_the_kernel(sidebar: Sidebar) -> None
     page = sidebar.tab.page
     page.evaluate(f"{NOTEBOOK}.content.activeCellIndex = {COMPLETE}")
     sidebar.tab.command("notebook:enter-edit-mode")
-    page.keyboard.press("End")
+    page.keyboard.press("Control+End")
     page.keyboard.press("Tab")
     source = f"{NOTEBOOK}.content.activeCell.model.sharedModel"
     page.wait_for_function(f"{source}.getSource() === '%infer load'")
     page.evaluate(f"{source}.setSource('%infer lo')")
+    sidebar.tab.command("notebook:enter-command-mode")
 
 
 def test_the_toolbar_button_inserts_the_panel(sidebar: Sidebar) -> None:

@@ -291,10 +291,11 @@ function Loader(props: {
   const [ref, setRef] = useState('demo');
   const [mode, setMode] = useState('none');
   const { pending, answer, run, dismiss } = useAct();
+  const box = useRef<HTMLDetailsElement>(null);
   const field = useRef<HTMLInputElement>(null);
   useEffect(() => {
-    if (props.asked > 0) {
-      setOpen(true);
+    if (props.asked > 0 && box.current) {
+      box.current.open = true; // now, for what is folded up cannot be focused
       field.current?.focus();
       field.current?.select();
     }
@@ -302,6 +303,7 @@ function Loader(props: {
   const into = current?.name ?? '';
   return (
     <details
+      ref={box}
       className="jp-Inferkit-loader"
       open={open}
       onToggle={event => {
