@@ -372,6 +372,8 @@ def test_completion_of_the_magic_comes_from_the_kernel(sidebar: Sidebar) -> None
     sidebar.tab.command("notebook:enter-edit-mode")
     page.keyboard.press("Control+End")
     page.keyboard.press("Tab")
+    expect(page.locator(".jp-Completer:visible code")).to_have_text("load")
+    page.keyboard.press("Enter")
     source = f"{NOTEBOOK}.content.activeCell.model.sharedModel"
     page.wait_for_function(f"{source}.getSource() === '%infer load'")
     page.evaluate(f"{source}.setSource('%infer lo')")
@@ -418,8 +420,7 @@ def test_the_launcher_makes_a_notebook_with_the_panel(sidebar: Sidebar) -> None:
     magic = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Inferkit-magic")
     expect(magic).to_contain_text("%%infer")
     page.evaluate(f"{NOTEBOOK}.sessionContext.shutdown()")
-    sidebar.tab.save()
-    sidebar.tab.command("application:close")
+    page.evaluate(f"{NOTEBOOK}.dispose()")
 
 
 # -- how it looks ----------------------------------------------------------------------------------
