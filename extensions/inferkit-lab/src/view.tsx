@@ -125,6 +125,7 @@ export function Sidebar(props: SidebarProps): JSX.Element {
             kernel={kernel}
             title={title(kernel)}
             current={kernel.kernel_id === current?.kernelId}
+            many={kernels.length > MANY}
             hasNotebook={notebooks.has(kernel.kernel_id)}
             color={colors.get(kernel.kernel_id) ?? 0}
             now={state.time}
@@ -408,6 +409,8 @@ interface KernelProps {
   readonly kernel: Kernel;
   readonly title: string;
   readonly current: boolean;
+  /** Whether there are so many that all but the current one are folded up. */
+  readonly many: boolean;
   readonly hasNotebook: boolean;
   readonly color: number;
   readonly now: number;
@@ -417,6 +420,9 @@ interface KernelProps {
 function KernelView(props: KernelProps): JSX.Element {
   const { kernel, title, current, hasNotebook, color, deeds } = props;
   const { pending, answer, run, dismiss } = useAct();
+  const [opened, setOpened] = useState(false);
+  const folds = props.many && !current;
+  const folded = folds && !opened;
   const state = kernel.state;
   const id = kernel.kernel_id;
   const where = kernel.here
@@ -425,6 +431,16 @@ function KernelView(props: KernelProps): JSX.Element {
   return (
     <article className="jp-Inferkit-kernel" aria-label={title} data-kernel={id}>
       <header className="jp-Inferkit-row" title={where}>
+        {folds && (
+          <button
+            className="jp-Inferkit-fold"
+            aria-expanded={!folded}
+            aria-label={`Models of ${title}`}
+            onClick={() => {
+              setOpened(!opened);
+            }}
+          />
+        )}
         <i className="jp-Inferkit-swatch" data-color={color} />
         {hasNotebook ? (
           <button
@@ -448,19 +464,31 @@ function KernelView(props: KernelProps): JSX.Element {
       {state?.models.length === 0 && state.work.length === 0 && (
         <p className="jp-Inferkit-soft jp-Inferkit-none">No model is loaded.</p>
       )}
-      {state?.models.map(model => (
-        <ModelView
-          key={model.name}
-          model={model}
-          kernelId={id}
-          here={kernel.here}
-          hasNotebook={hasNotebook}
-          now={props.now}
-          busy={pending}
-          deeds={deeds}
-          run={run}
-        />
-      ))}
+      {folded && state && state.models.length > 0 && (
+        <p className="jp-Inferkit-soft jp-Inferkit-none jp-Inferkit-cut">
+          {state.models
+            .map(({ name, state, rate }) =>
+              state === 'running'
+                ? `${name} ${figure(rate)} tok/s`
+                : `${name} ${state}`
+            )
+            .join(', ')}
+        </p>
+      )}
+      {!folded &&
+        state?.models.map(model => (
+          <ModelView
+            key={model.name}
+            model={model}
+            kernelId={id}
+            here={kernel.here}
+            hasNotebook={hasNotebook}
+            now={props.now}
+            busy={pending}
+            deeds={deeds}
+            run={run}
+          />
+        ))}
       {state?.work.map(work => (
         <Progress
           key={work.what}

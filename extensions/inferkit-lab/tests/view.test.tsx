@@ -88,6 +88,14 @@ test('shows the current kernel first, and filters many', () => {
   show(state(...many), '', 'k30');
   expect(titles()).toHaveLength(50);
   expect(titles()[0]).toBe('k30.ipynb');
+  const shown = (): number => place.querySelectorAll('[data-model]').length;
+  expect(shown()).toBe(1); // the others are folded up
+  const fold = place.querySelectorAll<HTMLElement>('[aria-expanded]')[0];
+  act(() => {
+    fold?.click();
+  });
+  expect(shown()).toBe(2);
+  expect(fold?.getAttribute('aria-expanded')).toBe('true');
   const field = place.querySelector<HTMLInputElement>('input[type=search]');
   act(() => {
     Object.getOwnPropertyDescriptor(
