@@ -19,7 +19,7 @@ PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 FAST := not slow and not demo and not browser and not gpu and not peers and not binder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab test test-fast lint format bench bench-peers gpu-check binder-check \
+.PHONY: help install demo lab lab-dev test test-fast lint format bench bench-peers gpu-check binder-check \
 	browser clean distclean
 
 help: ## List the commands
@@ -44,9 +44,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## Run the quickstart notebook on the demo model; print its latency table
 	$(PY) notebooks/execute.py notebooks/01-quickstart.ipynb
 
-lab: $(INSTALLED) ## Open the notebooks in JupyterLab
+lab: $(INSTALLED) ## Open the notebooks in JupyterLab, with the extension
+	$(PY) extensions/labextension.py link
 	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
+
+lab-dev: $(INSTALLED) ## Build the JupyterLab extension again whenever a file of it changes
+	$(PY) extensions/labextension.py watch
 
 test: $(INSTALLED) browser ## Run all tests that this machine can run
 	$(PY) -m pytest -m "not peers and not binder" $(PARALLEL) $(TEST_ARGS)
@@ -59,6 +63,7 @@ lint: $(INSTALLED) ## Check format, lint, layers and types
 	$(PY) -m ruff check .
 	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
+	$(PY) extensions/labextension.py check
 
 format: $(INSTALLED) ## Format and fix what can be fixed
 	$(PY) -m ruff format .
@@ -103,7 +108,8 @@ browser:
 
 clean: ## Remove what the commands wrote, but not .venv
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf extensions/inferkit-lab/lib extensions/inferkit-lab/labextension
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf $(VENV) $(PEERS)
+	rm -rf $(VENV) $(PEERS) extensions/inferkit-lab/node_modules extensions/inferkit-lab/.yarn

@@ -1,4 +1,4 @@
-"""The ``inferkit`` command: ``run``, ``plan``, ``devices``, ``replay`` and ``export``.
+"""The ``inferkit`` command: ``run``, ``plan``, ``devices``, ``ps``, ``replay`` and ``export``.
 
 Options are the library's keywords with dashes (``--max-tokens 64``). Text and tables go to stdout,
 latency and progress to stderr, so that the output can be piped. Exit status: 0; 1 from ``plan``
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from inferkit.model import Model
 
 _FAILED, _INTERRUPTED = 2, 130
+_WATCHED = 0.1  # seconds that `ps` watches the processor for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,6 +155,14 @@ def _devices(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ps(arguments: argparse.Namespace) -> int:
+    from inferkit.lab import survey
+
+    found = survey.survey(pause=_WATCHED)
+    print(survey.as_json(found) if arguments.json else survey.as_text(found))
+    return 0
+
+
 def _replay(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         check_free(Path(arguments.save), overwrite=False)  # before minutes of work
@@ -191,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_devices(commands)
+    _add_ps(commands)
     _add_replay(commands)
     _add_export(commands)
     return parser
@@ -234,6 +244,16 @@ def _add_devices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     devices = commands.add_parser("devices", help="attached devices and their memory")
     devices.set_defaults(command=_devices)
     _add_json(devices)
+
+
+def _add_ps(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "ps",
+        help="models in all running kernels, and the devices that they are on",
+        description="What JupyterLab's sidebar shows: models in all kernels of this user.",
+    )
+    command.set_defaults(command=_ps)
+    _add_json(command)
 
 
 def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -26,9 +26,13 @@ __all__ = [
     "Device",
     "DeviceTable",
     "attached_names",
+    "cpu_description",
+    "cpu_memory",
+    "device_uuid",
     "devices",
     "dtype_name",
     "find_device",
+    "held_memory",
     "release_memory",
     "resolve_device",
     "resolve_dtype",
@@ -342,13 +346,37 @@ def _mps_device() -> Device:
 
 
 def _cpu_device() -> Device:
+    return Device("cpu", "cpu", cpu_description(), *cpu_memory(), _cpu_has_bf16())
+
+
+def cpu_memory() -> tuple[int, int]:
+    """Memory of the machine and what of it is free, no more than the container allows; no torch."""
     import psutil
 
     host = psutil.virtual_memory()
     total, free = int(host.total), int(host.available)
     for limit, left in cgroup_limits():
         total, free = min(total, limit), min(free, left)
-    return Device("cpu", "cpu", _cpu_description(), total, max(0, free), _cpu_has_bf16())
+    return total, max(0, free)
+
+
+def device_uuid(name: str) -> str:
+    """The driver's name for a GPU, the same in all processes; "" where there is none."""
+    if not name.startswith("cuda:"):
+        return ""
+    import torch
+
+    properties = torch.cuda.get_device_properties(int(name.removeprefix("cuda:")))
+    return str(getattr(properties, "uuid", ""))
+
+
+def held_memory(name: str) -> int:
+    """Bytes of an accelerator that torch holds for this process; 0 of the CPU."""
+    import torch
+
+    if name.startswith("cuda:"):
+        return int(torch.cuda.memory_reserved(int(name.removeprefix("cuda:"))))
+    return int(torch.mps.driver_allocated_memory()) if name == "mps" else 0
 
 
 def _disk() -> Device:
@@ -370,7 +398,8 @@ def _cpu_has_bf16() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _cpu_description() -> str:
+def cpu_description() -> str:
+    """The processor, as its maker calls it, with what matters for speed; no torch."""
     import psutil
 
     model, flags = _cpuinfo()

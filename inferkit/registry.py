@@ -23,6 +23,7 @@ from inferkit.exclusive import holding
 from inferkit.footprint import asked_format, check_mode_runs, weight_format
 from inferkit.html import format_bytes, table, text_table
 from inferkit.kv import PREFILL_CHUNK
+from inferkit.lab import status
 from inferkit.loading import file_states
 from inferkit.memory import MemoryPlan
 from inferkit.model import Model
@@ -224,6 +225,7 @@ def load(
             old._retire(_REPLACED)
         for listener in on_load.copy():
             listener(model)
+        status.follow(model)
         return model
 
 

@@ -137,7 +137,7 @@ class Tab:
     def command(self, name: str, arguments: dict[str, str] | None = None) -> None:
         """Run one of JupyterLab's commands; return when it is done."""
         self.page.evaluate(
-            "([name, arguments]) => jupyterapp.commands.execute(name, arguments)",
+            "async ([name, given]) => { await jupyterapp.commands.execute(name, given) }",
             [name, arguments or {}],
         )
 
@@ -206,8 +206,20 @@ class Tab:
 
 
 @contextmanager
-def serve(home: Path, folder: Path) -> Iterator[Lab]:
-    """JupyterLab on a free port of this machine, with settings of its own and no token."""
+def serve(
+    home: Path,
+    folder: Path,
+    python: str | Path = sys.executable,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[Lab]:
+    """JupyterLab on a free port of this machine, with settings of its own and no token.
+
+    Args:
+        home: For its settings.
+        folder: The notebooks that it shows.
+        python: Whose JupyterLab.
+        variables: The environment to run it in; None for this process's.
+    """
     quiet = home / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)
     (quiet / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
@@ -223,17 +235,15 @@ def serve(home: Path, folder: Path) -> Iterator[Lab]:
         "IdentityProvider.token": "",
         "LabApp.expose_app_in_browser": True,
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [str(python), "-m", "jupyterlab", "--no-browser", "--allow-root"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    environment = os.environ | {
-        "JUPYTER_CONFIG_DIR": str(home),
-        "JUPYTER_DATA_DIR": str(home),
-        # As on Binder; and a few rows at a time are quicker so on every processor.
-        "INFERKIT_DTYPE": "bfloat16",
-    }
+    environment = dict(os.environ if variables is None else variables)
+    environment |= {"JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home)}
+    # As on Binder; and a few rows at a time are quicker so on every processor.
+    environment["INFERKIT_DTYPE"] = "bfloat16"
     log = home / "server.log"
     with log.open("w") as lines:
-        server = subprocess.Popen(command, env=environment, stdout=lines, stderr=lines)
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=lines, stderr=lines)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_up(f"{url}/api", server, log)

@@ -26,16 +26,19 @@ from inferkit.experiments import file as files
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.experiments.experiment import Experiment
 from inferkit.experiments.file import ExperimentFile, Line, ModeEntry, ModelEntry, RequestEntry
+from inferkit.lab import status
 from inferkit.model import Model
 from inferkit.progress import Progress
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "latest", "record"]
 
 SUFFIX = ".inferkit.json"
 _TICK = 0.25  # seconds; a crash loses no more than that
+
+_latest: Recording | None = None
 
 
 def record(
@@ -70,6 +73,11 @@ def record(
         ExperimentError: The file cannot be written.
     """
     return Recording(name, _path(name, path), redact, overwrite, progress)
+
+
+def latest() -> Recording | None:
+    """The recording that began last in this process, under way or ended."""
+    return _latest
 
 
 def _path(name: str, path: str | os.PathLike[str] | None) -> Path:
@@ -194,6 +202,10 @@ class Recording:
             self._joined(model)
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()
+        if self._path is not None:  # that of a replay is its own affair
+            global _latest
+            _latest = self
+            status.recorded(self._file.name)
         return self.experiment
 
     def stop(self) -> Experiment:

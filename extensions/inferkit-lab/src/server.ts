@@ -1,0 +1,43 @@
+import { URLExt } from '@jupyterlab/coreutils';
+import { ServerConnection } from '@jupyterlab/services';
+import type { State } from './schema';
+
+/** The version of the format that this extension reads; see inferkit/lab/schema.py. */
+export const VERSION = 1;
+
+/** Ask the Jupyter server what all kernels are doing. */
+export async function fetchState(
+  settings: ServerConnection.ISettings
+): Promise<State> {
+  const url = URLExt.join(settings.baseUrl, 'inferkit/api/state');
+  let response: Response;
+  try {
+    response = await ServerConnection.makeRequest(url, {}, settings);
+  } catch {
+    throw new Error('The Jupyter server does not answer.');
+  }
+  if (response.status === 404) {
+    throw new Error(
+      'This Jupyter server has no inferkit: install jupyter-inferkit in its environment, and ' +
+        'restart it. `jupyter server extension list` shows inferkit.lab then.'
+    );
+  }
+  if (!response.ok) {
+    throw new Error(
+      `The Jupyter server answers ${response.status} ${response.statusText}.`
+    );
+  }
+  return checked((await response.json()) as State);
+}
+
+/** A state, if it is one that this extension can read. */
+export function checked(state: State): State {
+  if (state.version !== VERSION) {
+    const older = state.version < VERSION;
+    throw new Error(
+      `The server's inferkit is ${state.inferkit}, ${older ? 'older' : 'newer'} than what this ` +
+        `page was loaded with: ${older ? 'restart the server' : 'reload the page'}.`
+    );
+  }
+  return state;
+}

@@ -1,0 +1,42 @@
+import { Clipboard, Dialog, showDialog } from '@jupyterlab/apputils';
+import { Widget } from '@lumino/widgets';
+import type { Answer } from './schema';
+
+/** Show where an experiment was saved, and the link that opens it. */
+export async function showShared(answer: Answer): Promise<void> {
+  const body = new Widget();
+  body.addClass('jp-Inferkit-shared');
+  const add = (tag: string, text: string): HTMLElement => {
+    const element = document.createElement(tag);
+    element.textContent = text;
+    body.node.append(element);
+    return element;
+  };
+  add('p', answer.text);
+  if (answer.link) {
+    const link = add('a', answer.link) as HTMLAnchorElement;
+    link.href = answer.link;
+    link.target = '_blank';
+    link.rel = 'noopener';
+  }
+  if (answer.notes.length > 0) {
+    const list = add('ul', '');
+    for (const note of answer.notes) {
+      const item = document.createElement('li');
+      item.textContent = note;
+      list.append(item);
+    }
+  }
+  const buttons = [Dialog.okButton({ label: 'Close' })];
+  if (answer.link) {
+    buttons.unshift(Dialog.createButton({ label: 'Copy link', accept: false }));
+  }
+  const { button } = await showDialog({
+    title: answer.ok ? 'Share experiment' : 'Nothing was shared',
+    body,
+    buttons
+  });
+  if (button.label === 'Copy link') {
+    Clipboard.copyToSystem(answer.link);
+  }
+}

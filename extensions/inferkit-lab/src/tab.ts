@@ -1,0 +1,143 @@
+import { MainAreaWidget, type ISessionContext } from '@jupyterlab/apputils';
+import type { NotebookPanel } from '@jupyterlab/notebook';
+import { OutputAreaModel, SimplifiedOutputArea } from '@jupyterlab/outputarea';
+import type { Kernel } from '@jupyterlab/services';
+import { Widget } from '@lumino/widgets';
+import { expression } from './answers';
+import { inferenceIcon } from './names';
+
+/** What leads to a tab again after the page was reloaded. */
+export interface TabOptions {
+  /** The path of the notebook whose kernel has the model. */
+  readonly path: string;
+  /** The model's name. */
+  readonly model: string;
+}
+
+/**
+ * The panel of a model in a tab of its own. It lives in the notebook's kernel, and is drawn by the
+ * notebook's widgets, so that it lives no longer than the notebook is open.
+ */
+export class PanelTab extends MainAreaWidget {
+  constructor(options: TabOptions, notebook: Promise<NotebookPanel>) {
+    super({ content: new Widget() });
+    this.options = options;
+    this.id = PanelTab.idOf(options);
+    this.addClass('jp-Inferkit-tab');
+    this.title.label = options.model;
+    this.title.caption = `Inference panel of ${options.model} in ${options.path}`;
+    this.title.icon = inferenceIcon;
+    this.title.closable = true;
+    this.content.addClass('jp-Inferkit-tab-content');
+    this._say('Waiting for the kernel…');
+    void notebook.then(
+      found => this._show(found),
+      (error: unknown) => {
+        this._say(`The notebook could not be opened: ${String(error)}`);
+      }
+    );
+  }
+
+  static idOf(options: TabOptions): string {
+    return `inferkit-panel ${options.path} ${options.model}`;
+  }
+
+  readonly options: TabOptions;
+
+  override dispose(): void {
+    if (!this.isDisposed) {
+      this._clear();
+      this._context?.statusChanged.disconnect(this._statusChanged, this);
+    }
+    super.dispose();
+  }
+
+  private async _show(notebook: NotebookPanel): Promise<void> {
+    const context = notebook.sessionContext;
+    await notebook.revealed;
+    await context.ready;
+    if (this.isDisposed) {
+      return;
+    }
+    this._notebook = notebook;
+    this._context = context;
+    context.statusChanged.connect(this._statusChanged, this);
+    notebook.disposed.connect(() => {
+      this.dispose();
+    });
+    this._draw();
+  }
+
+  private _draw(): void {
+    const kernel = this._context?.session?.kernel;
+    if (!kernel || !this._notebook) {
+      this._say('The notebook has no kernel.');
+      return;
+    }
+    this._clear();
+    const area = new SimplifiedOutputArea({
+      model: new OutputAreaModel({ trusted: true }),
+      rendermime: this._notebook.content.rendermime
+    });
+    area.future = kernel.requestExecute({
+      code: shown(this.options.model),
+      silent: false,
+      store_history: false,
+      allow_stdin: false
+    });
+    this._area = area;
+    this.content.node.textContent = '';
+    Widget.attach(area, this.content.node);
+  }
+
+  private _statusChanged(_: ISessionContext, status: Kernel.Status): void {
+    if (
+      status === 'restarting' ||
+      status === 'autorestarting' ||
+      status === 'dead'
+    ) {
+      this._say(
+        'The kernel was restarted: its models are gone.',
+        'Show the panel again'
+      );
+    }
+  }
+
+  private _say(text: string, again = ''): void {
+    this._clear();
+    const line = document.createElement('p');
+    line.className = 'jp-Inferkit-hint';
+    line.setAttribute('role', 'status');
+    line.textContent = text;
+    if (again) {
+      const button = document.createElement('button');
+      button.className = 'jp-Inferkit-button';
+      button.textContent = again;
+      button.onclick = () => {
+        this._draw();
+      };
+      line.append(document.createElement('br'), button);
+    }
+    this.content.node.replaceChildren(line);
+  }
+
+  private _clear(): void {
+    if (this._area) {
+      if (this._area.isAttached) {
+        Widget.detach(this._area);
+      }
+      this._area.dispose();
+      this._area = null;
+    }
+  }
+
+  private _notebook: NotebookPanel | null = null;
+  private _context: ISessionContext | null = null;
+  private _area: SimplifiedOutputArea | null = null;
+}
+
+/** Code that shows a model's panel, and leaves no trace in the notebook's history. */
+function shown(model: string): string {
+  const panel = expression('inferkit.notebook.actions', 'panel', [model]);
+  return `__import__("IPython.display", fromlist=["display"]).display(${panel})`;
+}

@@ -1,0 +1,188 @@
+import { act } from 'react';
+import { createRoot } from 'react-dom/client';
+import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import type { Answer, State } from '../src/schema';
+import { Sidebar, type Deeds } from '../src/view';
+import { kernel, model, state } from './states';
+
+const done: Answer = {
+  ok: true,
+  text: 'Done.',
+  kind: '',
+  link: '',
+  code: '',
+  notes: []
+};
+
+let place: HTMLElement;
+let root: ReturnType<typeof createRoot>;
+let deeds: { [name in keyof Deeds]: ReturnType<typeof vi.fn> };
+
+beforeEach(() => {
+  Object.assign(globalThis, { IS_REACT_ACT_ENVIRONMENT: true });
+  place = document.body.appendChild(document.createElement('div'));
+  root = createRoot(place);
+  deeds = {
+    act: vi.fn(() => Promise.resolve(done)),
+    open: vi.fn(),
+    showTab: vi.fn(),
+    insertPanel: vi.fn(),
+    insertCode: vi.fn(),
+    share: vi.fn(),
+    create: vi.fn()
+  };
+});
+afterEach(() => {
+  act(() => {
+    root.unmount();
+  });
+  place.remove();
+});
+
+function show(found: State | null, error = '', current = 'a'): void {
+  const ids = found?.kernels.map(k => k.kernel_id) ?? [];
+  act(() => {
+    root.render(
+      <Sidebar
+        seen={{ state: found, error }}
+        current={{ kernelId: current, name: `${current}.ipynb` }}
+        notebooks={new Map(ids.map(id => [id, `folder/${id}.ipynb`]))}
+        deeds={deeds}
+        asked={0}
+      />
+    );
+  });
+}
+
+const titles = (): (string | null)[] =>
+  [...place.querySelectorAll('article')].map(each =>
+    each.getAttribute('aria-label')
+  );
+
+function button(text: string): HTMLButtonElement {
+  const found = [...place.querySelectorAll('button')].find(
+    b => b.textContent === text
+  );
+  if (!found) {
+    throw new Error(`no button ${text}`);
+  }
+  return found;
+}
+
+test('says that it looks, what went wrong, and that there is nothing', () => {
+  show(null);
+  expect(place.textContent).toBe('Looking for models…');
+  show(null, 'No server.');
+  expect(place.querySelector('[role=alert]')?.textContent).toBe('No server.');
+  show(state());
+  expect(place.textContent).toContain('No kernel has a model.');
+  show(state(kernel('a')), 'Gone.');
+  expect(place.textContent).toContain('Gone. What is shown is from before.');
+  expect(place.textContent).toContain('No model is loaded.');
+});
+
+test('shows the current kernel first, and filters many', () => {
+  const many = Array.from({ length: 50 }, (_, i) =>
+    kernel(`k${String(i)}`, model())
+  );
+  show(state(...many), '', 'k30');
+  expect(titles()).toHaveLength(50);
+  expect(titles()[0]).toBe('k30.ipynb');
+  const shown = (): number => place.querySelectorAll('[data-model]').length;
+  expect(shown()).toBe(1); // the others are folded up
+  const fold = place.querySelectorAll<HTMLElement>('[aria-expanded]')[0];
+  act(() => {
+    fold?.click();
+  });
+  expect(shown()).toBe(2);
+  expect(fold?.getAttribute('aria-expanded')).toBe('true');
+  const field = place.querySelector<HTMLInputElement>('input[type=search]');
+  act(() => {
+    Object.getOwnPropertyDescriptor(
+      HTMLInputElement.prototype,
+      'value'
+    )?.set?.call(field, 'K49');
+    field?.dispatchEvent(new Event('input', { bubbles: true }));
+  });
+  expect(titles()).toEqual(['k49.ipynb']);
+});
+
+test('a choice is sent to the kernel, and a refusal shown', async () => {
+  deeds.act.mockResolvedValueOnce({
+    ...done,
+    ok: false,
+    text: 'It does not fit.'
+  });
+  show(state(kernel('a', model())));
+  const choice = place.querySelector<HTMLSelectElement>(
+    'select[aria-label="Precision of demo"]'
+  );
+  await act(async () => {
+    Object.getOwnPropertyDescriptor(
+      HTMLSelectElement.prototype,
+      'value'
+    )?.set?.call(choice, 'nf4');
+    choice?.dispatchEvent(new Event('change', { bubbles: true }));
+    await Promise.resolve();
+  });
+  expect(deeds.act).toHaveBeenCalledWith('a', 'quantize', {
+    model: 'demo',
+    mode: 'nf4'
+  });
+  expect(place.querySelector('[role=alert]')?.textContent).toContain(
+    'It does not fit.'
+  );
+  expect(choice?.value).toBe('none'); // as the kernel is
+});
+
+test('what cannot be reached can be watched, and not changed', () => {
+  const one = kernel('a', model({ running: 1 }));
+  show(state({ ...one, here: false }));
+  expect(place.textContent).toContain('elsewhere');
+  const controls = [
+    ...place.querySelectorAll<HTMLButtonElement>(
+      'article select, article button'
+    )
+  ];
+  const enabled = controls
+    .filter(control => !control.disabled)
+    .map(c => c.textContent);
+  expect(enabled).toEqual(['a.ipynb']);
+});
+
+test('sharing is hidden where there is nothing to share, or the kernel cannot', () => {
+  const one = kernel('a', model());
+  const having = (experiment: string | null, actions: string[]): void => {
+    show(
+      state({
+        ...one,
+        state: one.state && { ...one.state, experiment, actions }
+      })
+    );
+  };
+  having(null, ['share']);
+  expect(place.textContent).not.toContain('Share');
+  having('mine', []);
+  expect(place.textContent).not.toContain('Share');
+  having('mine', ['share']);
+  act(() => {
+    button('Share experiment “mine”').click();
+  });
+  expect(deeds.share).toHaveBeenCalledWith('a');
+});
+
+test('kernels out of sight, and those with a problem, are said to be', () => {
+  const bad = { ...kernel('a'), state: null, problem: 'Upgrade it.' };
+  show({ ...state(bad), out_of_sight: ['z'] });
+  expect(place.textContent).toContain('Upgrade it.');
+  expect(place.textContent).toContain(
+    '1 kernel runs on another machine and is out of sight'
+  );
+});
+
+test('memory bars tell in words whose it is', () => {
+  show(state(kernel('a', model())));
+  expect(
+    place.querySelector('.jp-Inferkit-bar')?.getAttribute('aria-label')
+  ).toBe('Memory of cpu: a.ipynb 1.0 GiB, other 7.0 GiB, free 8.0 GiB');
+});

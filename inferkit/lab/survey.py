@@ -1,0 +1,87 @@
+"""What all kernels and devices of this machine are doing: for the server and `inferkit ps`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import PurePath
+
+import msgspec
+
+from inferkit import __version__
+from inferkit.html import format_bytes, format_number, text_table
+from inferkit.lab import folder, machine
+from inferkit.lab.schema import VERSION, Attached, Kernel, State
+
+__all__ = ["as_json", "as_text", "survey"]
+
+
+def survey(
+    here: frozenset[str] = frozenset(),
+    out_of_sight: frozenset[str] = frozenset(),
+    pause: float | None = None,
+) -> State:
+    """Read the kernels' files, and the devices.
+
+    Args:
+        here: Ids of the kernels of this machine that whoever reads can reach.
+        out_of_sight: Ids of those on another.
+        pause: Seconds to watch the CPU; None for the time since the last call.
+    """
+    kernels = folder.kernels(here)
+    return State(
+        version=VERSION,
+        inferkit=__version__,
+        time=time.time(),
+        devices=machine.attached(kernels, pause),
+        kernels=kernels,
+        out_of_sight=sorted(out_of_sight),
+    )
+
+
+def as_json(state: State) -> str:
+    """The state as one JSON document, for people to read too."""
+    return msgspec.json.format(msgspec.json.encode(state)).decode()
+
+
+def as_text(state: State) -> str:
+    """The state as tables: the devices, and a line for each model."""
+    devices = text_table(
+        ("device", "memory", "used", "by inferkit", "busy", "description"),
+        map(_device_row, state.devices),
+    )
+    rows = [row for kernel in state.kernels for row in _model_rows(kernel)]
+    if not rows:
+        return f"{devices}\n\nNo kernel of this user has loaded a model."
+    header = ("kernel", "pid", "model", "mode", "batching", "device", "memory")
+    models = text_table((*header, "running", "waiting", "tokens/s", "ITL ms"), rows)
+    problems = [f"pid {k.pid}: {k.problem}" for k in state.kernels if k.problem]
+    return "\n".join([devices, "", models, *problems])
+
+
+def _device_row(device: Attached) -> tuple[str, ...]:
+    busy = "-" if device.utilization is None else f"{device.utilization:.0f} %"
+    ours = format_bytes(sum(share.used for share in device.kernels))
+    total, used = format_bytes(device.total), format_bytes(device.used)
+    return (device.name, total, used, ours, busy, device.description)
+
+
+def _model_rows(kernel: Kernel) -> Iterator[tuple[object, ...]]:
+    notebook = PurePath(kernel.state.notebook).name if kernel.state else ""
+    title = (notebook or kernel.kernel_id[:8], kernel.pid)
+    models = kernel.state.models if kernel.state else []
+    if not models:
+        yield (*title, "-", "-", "-", "-", format_bytes(kernel.memory), 0, 0, "-", "-")
+    for model in models:
+        yield (
+            *title,
+            model.name,
+            model.quantization,
+            f"{model.batching} ({model.max_batch})",
+            ", ".join(model.devices),
+            format_bytes(sum(model.memory.values())),
+            model.running,
+            model.waiting,
+            format_number(model.rate),
+            format_number(model.itl),
+        )

@@ -1,0 +1,187 @@
+"""What the sidebar of JupyterLab asks of a kernel: `do`, called when a person clicks.
+
+JupyterLab evaluates ``inferkit.notebook.actions.do(action, **arguments)`` as a user expression of a
+silent request, on a subshell where the kernel has them, so that it is done while a cell runs. The
+answer (`inferkit.lab.schema.Answer`) comes back as JSON; what goes wrong is in it, and raised
+nowhere. Numbers and progress do not travel here: they are in the kernel's file (`inferkit.lab`).
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+import inferkit as ik
+from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
+from inferkit.experiments.recording import latest
+from inferkit.html import listed
+from inferkit.lab import status
+from inferkit.lab.schema import Answer
+from inferkit.notebook import recipe
+from inferkit.notebook.completion import loaded_models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from inferkit.model import Model
+    from inferkit.notebook.panel import Panel
+
+__all__ = ["do", "panel"]
+
+_cancelled = threading.Event()
+_panels: dict[str, Panel] = {}
+
+
+class Told:
+    """An answer, as a frontend is sent it."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def _repr_json_(self) -> dict[str, Any]:
+        found: dict[str, Any] = msgspec.to_builtins(self.answer)
+        return found
+
+    def __repr__(self) -> str:
+        return self.answer.text
+
+
+def do(action: str, /, **arguments: Any) -> Told:
+    """Do what was clicked, and tell how it went.
+
+    Args:
+        action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
+        arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
+            keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
+            `inferkit.Model.configure`; ``share``: none.
+    """
+    work = _ACTIONS.get(action)
+    try:
+        if work is None:
+            raise OptionError(f"inferkit {ik.__version__} cannot {action!r}: {listed(_ACTIONS)}.")
+        return Told(work(**arguments))
+    except KeyboardInterrupt:
+        return Told(Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt"))
+    except InferkitError as error:
+        return Told(Answer(ok=False, text=str(error), kind=type(error).__name__))
+    except Exception as error:  # a person clicked, and must hear of it
+        text = f"{type(error).__name__}: {error}"
+        where = traceback.format_exc()
+        return Told(Answer(ok=False, text=text, kind=type(error).__name__, notes=[where]))
+
+
+def panel(model: str) -> Panel:
+    """The panel that JupyterLab shows in a tab: the same each time it is asked for."""
+    if model not in _panels:
+        known = {m.name: m for m in loaded_models()}
+        _panels[model] = ik.Panel(known.get(model))
+    return _panels[model]
+
+
+def _load(ref: str, **options: Any) -> Answer:
+    with _working(f"Loading {ref}") as tell:
+        model = ik.load(ref, progress=tell, **options)
+    return Answer(
+        ok=True, text=f"Loaded {model.name!r} on {', '.join(model.devices)}.", code=_code(model)
+    )
+
+
+def _unload(model: str) -> Answer:
+    _model(model).unload()
+    return Answer(ok=True, text=f"Unloaded {model!r}.")
+
+
+def _quantize(model: str, mode: str) -> Answer:
+    found = _model(model)
+    with _working(f"Changing {model} to {mode}") as tell:
+        found.quantize(mode, progress=tell)
+    return Answer(ok=True, text=f"{model!r} is now in {found.plan.format}.")
+
+
+def _batching(model: str, **options: Any) -> Answer:
+    found = _model(model)
+    with _working(f"Changing the batching of {model}"):
+        found.configure(**options)
+    return Answer(
+        ok=True, text=f"{model!r}: {found.batching} batching of at most {found.max_batch}."
+    )
+
+
+def _stop(model: str) -> Answer:
+    requests = _model(model)._engine.requests
+    for request in requests:
+        request.cancel()
+    count = f"{len(requests)} request{'' if len(requests) == 1 else 's'}"
+    return Answer(ok=True, text=f"Stopped {count} of {model!r}; what they have is kept.")
+
+
+def _cancel() -> Answer:
+    _cancelled.set()
+    return Answer(ok=True, text="Cancelling.")
+
+
+def _give_code(model: str) -> Answer:
+    return Answer(ok=True, text=f"A cell that loads {model!r} as it is.", code=_code(_model(model)))
+
+
+def _share() -> Answer:
+    recording = latest()
+    if recording is None:
+        raise OptionError(
+            "Nothing was recorded in this kernel. Run what is to be shared within "
+            "`with ik.record('name'):`, or after %infer record 'name'."
+        )
+    experiment = recording.stop()  # the file is whole only then
+    text = f"Saved {experiment.name!r} to {experiment.path}."
+    try:
+        link = ik.binder_link(experiment=experiment)
+    except OptionError as error:
+        return Answer(ok=True, text=text, notes=[f"There is no link to it: {error}"])
+    return Answer(ok=True, text=text, link=link.url, notes=list(link.warnings))
+
+
+_ACTIONS: dict[str, Callable[..., Answer]] = {
+    "batching": _batching,
+    "cancel": _cancel,
+    "code": _give_code,
+    "load": _load,
+    "quantize": _quantize,
+    "share": _share,
+    "stop": _stop,
+    "unload": _unload,
+}
+
+
+@contextmanager
+def _working(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show that it is being done, and how far it is; `_cancel` ends it."""
+    _cancelled.clear()
+    found = status.here()
+    if found is None:
+        raise OptionError("This process is no Jupyter kernel.")
+    found.start()
+    with found.working(what) as show:
+
+        def tell(step: str, done: int, total: int | None) -> None:
+            if _cancelled.is_set():
+                raise KeyboardInterrupt
+            show(step, done, total)
+
+        yield tell
+
+
+def _model(name: str) -> Model:
+    loaded = {model.name: model for model in loaded_models()}
+    if name not in loaded:
+        there = f"these are: {listed(loaded)}" if loaded else "none is"
+        raise ModelUnloadedError(f"No model {name!r} is loaded in this kernel; {there}.")
+    return loaded[name]
+
+
+def _code(model: Model) -> str:
+    return recipe.code(model, None)
