@@ -14,6 +14,7 @@ function's place.
 
 from __future__ import annotations
 
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -136,11 +137,15 @@ _HOME = {
     "summarize": "inferkit.latency",
 }
 
+_importing = threading.RLock()
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'inferkit' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    # One thread at a time: two that import transformers at once find what the other has half done.
+    with _importing:
+        value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

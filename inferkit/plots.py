@@ -428,8 +428,9 @@ def _add_gaps(figure: go.Figure, latency: Latency) -> str:
     figure.update_xaxes(title_text=unit, row=1, col=2)
     figure.update_yaxes(title_text="ITL (ms)", rangemode="tozero", row=1, col=2)
     if not gaps or latency.tpot is None:
+        unknown = latency.trace.tokens and not latency.trace.output
         few = f"no gap: fewer than two {unit}s"
-        say(figure, few if latency.trace.output else "no gap: times are not known", 1, 2)
+        say(figure, "no gap: times are not known" if unknown else few, 1, 2)
         return ""
     at = _thin_to_extremes(gaps, _POINTS_A_LINE)
     line = go.Scatter(

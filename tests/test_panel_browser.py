@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
 
 T = TypeVar("T")
 
-PLAN = re.compile(r"^Plan: demo needs ([\d.]+) GiB on cpu and [\d.]+ GiB are free")
+PLAN = re.compile(r"^Plan: demo needs ([\d.]+) ([GM])iB on cpu and [\d.]+ GiB are free")
 LOADED = re.compile(r"^\S+ is loaded: ")
 
 SECONDS = 120  # for anything to happen, on a machine that does something else as well
@@ -304,7 +304,7 @@ def test_a_plan_is_shown_before_the_model_is_loaded_by_a_click(empty: PanelView)
         expect(plan).to_have_text(PLAN)
         found = PLAN.search(plan.inner_text())
         assert found is not None
-        return float(found[1])
+        return float(found[1]) * {"G": 1024, "M": 1}[found[2]]
 
     whole = needed()
     expect(empty.about).to_have_text("No model is loaded: choose one and press Load.")

@@ -78,6 +78,7 @@ class Panel(LivePlot):
 
     def _start(self) -> None:
         if self._ticker is None:
+            self._plans.do(_import_all)
             self._plans.do(self._find_choices, "choices")
             self._plans.do(self._plan, "plan")
         super()._start()
@@ -395,3 +396,11 @@ def _spelled(name: str) -> str:
     return {"quantize": "Changing to", "batching": "Batching"}.get(
         name, f"Changing {name.replace('_', ' ')} to"
     )
+
+
+def _import_all() -> None:
+    """Import what loads models, ahead of all else that this thread does.
+
+    A cell may do the same in this moment, and `inferkit` lets one at a time.
+    """
+    from inferkit import load  # noqa: F401
