@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from inferkit.trace import Latency
 
 __all__ = ["itl_distribution", "percentiles", "request_figure", "summary_figure"]
-__all__ += ["tokens_over_time"]
+__all__ += ["thin", "thin_to_extremes", "tokens_over_time"]
 
 _QUANTILES = {"p50": GREEN, "p90": ORANGE, "p95": PURPLE, "p99": VERMILION}
 _SYMBOLS = {"p50": "circle", "p90": "diamond", "p95": "square", "p99": "triangle-right"}
@@ -143,14 +143,14 @@ def _to_ms(metric: Metric) -> float:
     return 1e3 if metric.unit == "s" else 1.0
 
 
-def _thin(count: int, limit: int) -> Sequence[int]:
+def thin(count: int, limit: int) -> Sequence[int]:
     """At most ``limit`` evenly spaced indices, the first and the last among them."""
     if count <= limit:
         return range(count)
     return [round(i * (count - 1) / (limit - 1)) for i in range(limit)]
 
 
-def _thin_to_extremes(values: Sequence[float], limit: int) -> Sequence[int]:
+def thin_to_extremes(values: Sequence[float], limit: int) -> Sequence[int]:
     """Indices of the smallest and largest value of each stretch: a stall is never thinned away."""
     if len(values) <= limit:
         return range(len(values))
@@ -173,7 +173,7 @@ def _add_tokens_over_time(figure: go.Figure, latencies: Sequence[Latency]) -> st
     firsts = []
     for (index, one), colour in zip(ran, cycle(LINES)):
         tokens = one.trace.tokens
-        at = _thin(len(tokens), limit)
+        at = thin(len(tokens), limit)
         seconds = [(one.trace.arrival - start) * 1e-9, *((tokens[i] - start) * 1e-9 for i in at)]
         line = go.Scatter(
             x=seconds,
@@ -242,7 +242,7 @@ def _add_distribution(
     figure.add_trace(bars, row=row, col=1, secondary_y=False)
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / weights.sum()
-    at = list(_thin(len(values), 500))
+    at = list(thin(len(values), 500))
     curve = go.Scatter(
         x=values[order][at],
         y=100 * share[at],
@@ -380,7 +380,7 @@ def _add_timeline(figure: go.Figure, latency: Latency) -> str:
         return ""
     unit, per_ns = ("ms", 1e-6) if trace.tokens[-1] - trace.arrival < 10**10 else ("s", 1e-9)
     figure.update_xaxes(title_text=f"time since arrival ({unit})", row=1, col=1)
-    at = _thin(len(trace.tokens), _POINTS_A_LINE)
+    at = thin(len(trace.tokens), _POINTS_A_LINE)
     line = go.Scatter(
         x=[0.0, *((trace.tokens[i] - trace.arrival) * per_ns for i in at)],
         y=[0, *(i + 1 for i in at)],
@@ -432,7 +432,7 @@ def _add_gaps(figure: go.Figure, latency: Latency) -> str:
         few = f"no gap: fewer than two {unit}s"
         say(figure, "no gap: times are not known" if unknown else few, 1, 2)
         return ""
-    at = _thin_to_extremes(gaps, _POINTS_A_LINE)
+    at = thin_to_extremes(gaps, _POINTS_A_LINE)
     line = go.Scatter(
         x=[i + 2 for i in at],  # the first gap is the one before the second
         y=[gaps[i] for i in at],

@@ -472,7 +472,7 @@ class Difference:
         import plotly.graph_objects as go
 
         from inferkit.look import BLUE, ORANGE, say
-        from inferkit.plots import _thin
+        from inferkit.plots import thin
 
         sides = [
             np.sort([v * quantity.scale for one in _values(side, quantity.name) for v in one])
@@ -480,7 +480,7 @@ class Difference:
         ]
         looks = (("a", self.a, BLUE, "solid"), ("b", self.b, ORANGE, "5px,3px"))
         for values, (side, experiment, colour, dash) in zip(sides, looks):
-            at = list(_thin(len(values), _POINTS))
+            at = list(thin(len(values), _POINTS))
             line = go.Scatter(
                 x=values[at],
                 y=100 * (np.asarray(at, dtype=float) + 1) / max(1, len(values)),

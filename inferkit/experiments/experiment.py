@@ -158,13 +158,8 @@ class Experiment:
             ExperimentError: It cannot be written.
         """
         target = files.local_path(path)
-        try:
+        with files.writing(target, "; nothing is lost: save it elsewhere with .save(path)."):
             files.write(self.file, target, overwrite=overwrite)
-        except OSError as error:
-            raise ExperimentError(
-                f"{target} cannot be written ({error.strerror or error}); nothing is lost: save it "
-                "elsewhere with .save(path)."
-            ) from None
         return target
 
     def export(

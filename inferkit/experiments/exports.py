@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from inferkit.definitions import DEFINITIONS, PER_SECOND
-from inferkit.errors import ExperimentError, OptionError
+from inferkit.errors import OptionError
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import check_free, local_path, write_bytes
+from inferkit.experiments.file import check_free, local_path, write_bytes, writing
 from inferkit.generation import Generation
 from inferkit.html import listed
 from inferkit.latency import LatencySummary
@@ -241,12 +241,8 @@ def write(
     encode = _encoder(target, kind)
     check_free(target, overwrite)
     data = encode(exp)
-    try:
+    with writing(target, ": choose another path."):
         write_bytes(data, target)
-    except OSError as error:
-        raise ExperimentError(
-            f"{target} cannot be written ({error.strerror or error}): choose another path."
-        ) from None
     return target
 
 

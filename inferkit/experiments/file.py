@@ -17,7 +17,7 @@ import re
 import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -522,6 +522,17 @@ def write_bytes(data: bytes, path: Path) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str) -> Iterator[None]:
+    """Make what the system says while a file is written an ExperimentError with advice."""
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(
+            f"{path} cannot be written ({error.strerror or error}){advice}"
+        ) from None
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from inferkit import registry
-from inferkit.errors import ExperimentError, InferkitError, OptionError, first_line
+from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.experiments.experiment import Experiment
@@ -189,13 +189,8 @@ class Recording:
         self._file.created = _now()
         self._epoch = time.perf_counter_ns()
         if self._path is not None:
-            try:
+            with files.writing(self._path, ": give another path=."):
                 self._journal = files.Journal(self._path, self._file)
-            except OSError as error:
-                raise ExperimentError(
-                    f"{self._path} cannot be written ({error.strerror or error}): give another "
-                    "path=."
-                ) from None
         registry.on_load.append(self._joined)
         self._hooks.append((registry.on_load, self._joined))
         for model in registry.models():

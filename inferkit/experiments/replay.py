@@ -601,25 +601,24 @@ class _Run:
     def _look_at_differences(self, numbers: Sequence[int]) -> None:
         """Whether rounding explains where outputs differ, while the mode is the same still."""
         for number in numbers:
-            recorded = self.recorded.file.requests[number]
-            got = self._requests[number].result()
-            at = _where_they_part(got, generation_of(recorded))
-            ids = unpack(recorded.token_ids)
+            one = self.recorded.file.requests[number]
+            recorded, got = generation_of(one), self._requests[number].result()
+            at, ids = _where_they_part(got, recorded), recorded.token_ids
             if at is None or at >= min(len(ids), len(got.token_ids)):
                 continue
             self._judged[number] = judge(
-                self.models[recorded.model],
-                replace(got.params, seed=recorded.seed),
+                self.models[one.model],
+                replace(got.params, seed=one.seed),
                 got.prompt_token_ids,
                 ids[:at],
                 got.token_ids[at],
                 ids[at],
-                self._limit(recorded, got),
+                self._limit(one, recorded, got),
             )
 
-    def _limit(self, one: RequestEntry, got: Generation) -> float:
+    def _limit(self, one: RequestEntry, recorded: Generation, got: Generation) -> float:
         """Nats that rounding may be wrong by."""
-        dtypes = (generation_of(one).settings.dtype, got.settings.dtype)
+        dtypes = (recorded.settings.dtype, got.settings.dtype)
         limits = [ROUNDING.get(dtype, ROUNDING["bfloat16"]) for dtype in dtypes]
         if got.settings.quantization != "none" and self._what_differs(one):
             limits.append(ROUNDING["bfloat16"])  # kernels of several precisions unpack the weights

@@ -14,7 +14,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferkit.errors import ExperimentError
 from inferkit.experiments.difference import QUANTITIES, Difference, Table
 from inferkit.experiments.experiment import Experiment, generation_of
 from inferkit.experiments.file import (
@@ -23,6 +22,7 @@ from inferkit.experiments.file import (
     check_free,
     local_path,
     write_bytes,
+    writing,
 )
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary
@@ -64,12 +64,8 @@ def to_html(
     target = local_path(path)
     check_free(target, overwrite)
     text = page(exp, other)
-    try:
+    with writing(target, ": give another path."):
         write_bytes(text.encode(errors="replace"), target)  # half a surrogate pair is no text
-    except OSError as error:
-        raise ExperimentError(
-            f"{target} cannot be written ({error.strerror or error}): give another path."
-        ) from None
     return target
 
 
@@ -315,9 +311,9 @@ def _gaps(number: int, one: RequestEntry) -> Iterator[tuple[float, float, int]]:
 
 
 def _thinned(gaps: list[tuple[float, float, int]], limit: int) -> list[tuple[float, float, int]]:
-    from inferkit.plots import _thin_to_extremes
+    from inferkit.plots import thin_to_extremes
 
-    return [gaps[i] for i in _thin_to_extremes([gap for _, gap, _ in gaps], limit)]
+    return [gaps[i] for i in thin_to_extremes([gap for _, gap, _ in gaps], limit)]
 
 
 def _dots(
