@@ -62,6 +62,7 @@ RUN_OPTIONS: Options = {
         "metavar": "WHEN",
         "help": "the decode step: auto, true or false",
     },
+    "speculative": {"metavar": "WAY", "help": "guess next tokens: off or ngram"},
     "force": {"action": "store_true", "help": "load although the plan says no"},
 }
 """What only `inferkit.load` takes."""
@@ -104,6 +105,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
     "quantize": QUANTIZE_MODES,
     "sampling": ("model",),
+    "speculative": ("off", "ngram"),
 }
 """The words that an option knows, for completion; the library checks what is written."""
 

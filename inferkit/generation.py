@@ -32,6 +32,7 @@ class Settings:
             that is stored quantized.
         batching: The policy: "continuous", "static" or "off".
         max_batch: Most requests that could run with it.
+        speculative: How next tokens were guessed: "ngram", or "off".
     """
 
     model: str
@@ -40,6 +41,7 @@ class Settings:
     quantization: str
     batching: str
     max_batch: int
+    speculative: str = "off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit.definitions import DEFINITIONS, PER_SECOND, Definitions, Distribution
 from inferkit.errors import OptionError
 from inferkit.html import format_number, listed, table, text_table
-from inferkit.trace import NS, Latency
+from inferkit.trace import NS, Latency, acceptance
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,6 +101,15 @@ class LatencySummary:
     def total_prompt_tokens(self) -> int:
         """Prompt tokens of the requests that succeeded."""
         return sum(one.prompt_tokens for one in self.done)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Of speculative decoding: accepted / guessed tokens; None where none was guessed.
+
+        As vLLM's ``spec_decode_acceptance_rate``, which is in per cent.
+        """
+        guessed = sum(one.trace.draft_tokens for one in self.done)
+        return sum(one.trace.accepted_tokens for one in self.done) / guessed if guessed else None
 
     @property
     def output_tokens_per_second(self) -> float | None:
@@ -226,6 +235,9 @@ class LatencySummary:
             ("requests/s", format_number(self.requests_per_second)),
             ("duration s", format_number(self.duration)),
         ]
+        accepted = acceptance(self.done)
+        if accepted is not None:
+            found.append(("guessed tokens accepted", accepted))
         if self.slo is not None:
             limits = ", ".join(f"{key} ≤ {limit:g} s" for key, limit in self.slo.items())
             found.append((f"goodput requests/s ({limits})", format_number(self.goodput)))
@@ -238,7 +250,7 @@ _COLUMNS = ("metric", "unit", "count", "mean", "std", "p50", "p90", "p95", "p99"
 _TOTALS = (
     *("duration", "completed", "failed", "total_prompt_tokens", "total_output_tokens"),
     *("output_tokens_per_second", "total_tokens_per_second", "requests_per_second"),
-    *("goodput", "good_request_fraction"),
+    *("goodput", "good_request_fraction", "acceptance_rate"),
 )
 _OBJECTIVES = ("ttft", "tpot", "e2e")
 

@@ -19,6 +19,7 @@ from inferkit import memory
 from inferkit.catalog import Source
 from inferkit.engine.compiling import Compilation, Compile, check_compile
 from inferkit.engine.engine import Engine
+from inferkit.engine.lookup import Speculative, check_speculative
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import ModelUnloadedError, OptionError, PromptError
@@ -111,6 +112,11 @@ class Model:
     def batching(self) -> Batching:
         """The batching policy: "continuous", "static" or "off"."""
         return self._engine.batching
+
+    @property
+    def speculative(self) -> Speculative:
+        """How next tokens are guessed: "ngram", or "off"."""
+        return self._engine.speculative
 
     @property
     def max_batch(self) -> int:
@@ -290,6 +296,7 @@ class Model:
         max_batch: int | None = None,
         context: int | None = None,
         compile: Compile | None = None,
+        speculative: Speculative | None = None,
         **unknown: Any,
     ) -> Model:
         """Change how requests are batched; what is not given stays.
@@ -299,6 +306,14 @@ class Model:
         model is split over devices and the larger cache does not fit beside its layers, these are
         placed anew, and read again as `quantize` does. ``compile`` holds from the next step on, or
         as soon as the code is there: see ``compilation``.
+
+        ``speculative="ngram"`` has the next tokens guessed by what followed the same tokens before,
+        in prompt and output, and checks up to eight guesses in one pass (prompt lookup decoding).
+        Every token is chosen as it would have been, drawn ones too, but that a wider pass may round
+        otherwise. Texts that quote or repeat come sooner; ``gen.latency.acceptance_rate`` tells how
+        often the guesses were right. It is off unless asked for, for where the processor is busy
+        with one token already, a pass over several takes longer than it saves. Requests with a
+        repetition penalty, and models that run one request at a time, guess nothing.
 
         Raises:
             OptionError: An unknown option or policy, a batch below 1, or a context that the model
@@ -317,12 +332,16 @@ class Model:
         )
         if compile is not None:
             check_compile(compile)
+        if speculative is not None:
+            check_speculative(speculative)
         self._become(max_batch=max_batch, context=context)
         if compile is not None:
             with self._changing():
                 self._parts.set_compile(compile)
         if batching is not None:
             self._engine.set_batching(batching)
+        if speculative is not None:
+            self._engine.speculative = speculative
         return self
 
     def quantize(
@@ -608,6 +627,7 @@ class Model:
             ("batching", batching),
             ("context", str(engine.context)),
             ("decode step", str(resident.compilation)),
+            *([("speculation", engine.speculative)] if engine.speculative != "off" else []),
             ("weights", format_bytes(self.plan.weights)),
             ("KV cache", format_bytes(self.plan.kv_cache)),
             ("requests", f"{engine.running} running, {engine.waiting} waiting"),

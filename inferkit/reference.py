@@ -98,6 +98,7 @@ def settings_back(model: Model, progress: Progress) -> Iterator[None]:
     with model._changing():
         form = model._parts.identity.format
         rows, context, policy = model.max_batch, model.context, model.batching
+        guesses = model.speculative
         try:
             yield
         finally:
@@ -110,7 +111,7 @@ def settings_back(model: Model, progress: Progress) -> Iterator[None]:
                         force=True,
                         progress=progress is True,
                     )
-                    model.configure(batching=policy)
+                    model.configure(batching=policy, speculative=guesses)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 from inferkit import catalog, memory
 from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.compiling import Compile, check_compile
+from inferkit.engine.lookup import Speculative, check_speculative
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
@@ -94,6 +95,7 @@ def load(
     prefix_reuse: bool = True,
     prefill_chunk: int = PREFILL_CHUNK,
     compile: Compile = "auto",
+    speculative: Speculative = "off",
     double_quant: bool = False,
     compute_dtype: Any = "auto",
     progress: Progress = True,
@@ -102,9 +104,9 @@ def load(
     """Load a model, or return it where it is loaded already.
 
     Running the same call again gives the model that is loaded. The same name with another
-    ``quantize``, ``batching``, ``max_batch``, ``context`` or ``compile`` changes it in place; with
-    anything else other, or with files that were written again, the new model takes the old one's
-    place (the old one goes first only where both do not fit).
+    ``quantize``, ``batching``, ``max_batch``, ``context``, ``compile`` or ``speculative`` changes
+    it in place; with anything else other, or with files that were written again, the new model
+    takes the old one's place (the old one goes first only where both do not fit).
 
     Args:
         ref: "demo", a Hugging Face hub id, a local folder, or a ``.gguf`` file.
@@ -131,6 +133,9 @@ def load(
         prefill_chunk: Most prompt tokens per step, so that a long prompt does not stall the others.
         compile: Compile the decode step in the background and swap it in when it is ready; the code
             is kept for later loads. "auto" does so where it pays; see ``model.compilation``.
+        speculative: "ngram" guesses the next tokens by what followed the same ones before in prompt
+            and output, and checks the guesses in one pass: the same text, sooner where it quotes
+            or repeats itself. "off" guesses nothing. See `Model.configure`.
         double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
@@ -150,6 +155,7 @@ def load(
     memory.check_known(unknown, load)
     check_batching(batching, max_batch)
     check_compile(compile)
+    check_speculative(speculative)
     asked = asked_format(quantize, double_quant, compute_dtype)
     memory.check_whole("prefill_chunk", prefill_chunk)
     _check_name(name)
@@ -188,6 +194,7 @@ def load(
                 progress=progress,
             )
             old._engine.set_batching(batching)
+            old._engine.speculative = speculative
             if compile != old._parts.compile:
                 old.configure(compile=compile)
             return old
@@ -216,6 +223,7 @@ def load(
             identity,
             batching=batching,
             compile=compile,
+            speculative=speculative,
             progress=progress,
         )
         model = Model(source, resident, _promised)

@@ -16,6 +16,7 @@ from inferkit.catalog import Source
 from inferkit.engine.compiling import Compilation, Compile
 from inferkit.engine.detokenize import Detokenizer
 from inferkit.engine.engine import Engine
+from inferkit.engine.lookup import Speculative
 from inferkit.engine.request import Request
 from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.scheduler import Batching
@@ -70,6 +71,7 @@ class Resident:
         loaded: Weights and tokenizer.
         batching: The policy to begin with.
         compile: Whether to compile the decode step: see `Compilation`.
+        speculative: Whether next tokens are guessed, to begin with.
 
     Attributes:
         engine: The thread that works with the weights.
@@ -88,6 +90,7 @@ class Resident:
         loaded: Loaded,
         batching: Batching,
         compile: Compile,
+        speculative: Speculative,
     ) -> None:
         self.name = name
         self.source = source
@@ -107,6 +110,7 @@ class Resident:
             settings=self._settings,
             name=name,
         )
+        self.engine.speculative = speculative
         self.compile = compile
         try:
             self.compilation = Compilation(self.engine.runner, compile)
@@ -256,6 +260,7 @@ class Resident:
             quantization=str(self.plan.format),
             batching="off" if alone else self.engine.batching,
             max_batch=1 if alone else self.engine.max_batch,
+            speculative="off" if alone else self.engine.speculative,
         )
 
 
@@ -268,6 +273,7 @@ def take_in(
     *,
     batching: Batching,
     compile: Compile,
+    speculative: Speculative,
     progress: Progress,
 ) -> Resident:
     """Read a model's weights and start its engine; what stops it on the way is released.
@@ -279,7 +285,9 @@ def take_in(
         source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
     )
     try:
-        return Resident(name, source, config, plan, identity, loaded, batching, compile)
+        return Resident(
+            name, source, config, plan, identity, loaded, batching, compile, speculative
+        )
     except BaseException as error:
         release(loaded)
         problem = failure(error, source, plan)

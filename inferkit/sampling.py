@@ -14,6 +14,7 @@ import difflib
 import math
 import numbers
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Truncated sampling looks at this many of the likeliest tokens first. The number is fixed, so that
 # a row's arithmetic is the same in every batch; rows that need more tokens are sorted in full.
 _CANDIDATES = 1024
+
+# How many of the last random numbers can be taken back.
+_REMEMBERED = 64
 
 # A lower temperature is greedy, as in vLLM: dividing by it would overflow.
 _GREEDY_BELOW = 1e-5
@@ -185,6 +189,9 @@ class RowSampler:
             params.seed if params.seed is not None else random.SystemRandom().getrandbits(63)
         )
         self._random = random.Random(self.seed)
+        # The latest numbers, and those that are to be given out again, the next one last.
+        self._given: deque[float] = deque(maxlen=_REMEMBERED)
+        self._again: list[float] = []
         self._seen_ids = set(prompt_token_ids) if params.repetition_penalty != 1.0 else None
         self._seen: torch.Tensor | None = None
 
@@ -206,7 +213,14 @@ class RowSampler:
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this request's own sequence."""
-        return self._random.random()
+        number = self._again.pop() if self._again else self._random.random()
+        self._given.append(number)
+        return number
+
+    def take_back(self, tokens: int) -> None:
+        """The last so many tokens were chosen in vain: their numbers are drawn by again."""
+        if not self.greedy:
+            self._again += [self._given.pop() for _ in range(tokens)]
 
     def draw(self) -> float:
         """The number that the next token is drawn by; a greedy row has no need of one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = ["NS", "Latency", "Trace"]
+__all__ = ["NS", "Latency", "Trace", "acceptance"]
 
 NS = 1e-9
 """Seconds in the unit of a `Trace`."""
@@ -43,6 +43,8 @@ class Trace:
         finish_reason: "stop", "length", "cancelled" or "error".
         chunks: When each chunk of output arrived, where a chunk may hold several tokens or none;
             None: one per token; empty: not known.
+        draft_tokens: How many next tokens were guessed and checked (speculative decoding).
+        accepted_tokens: How many of these were right.
 
     Raises:
         OptionError: The times run backwards, so that no latency would mean anything.
@@ -57,6 +59,8 @@ class Trace:
     ok: bool = True
     finish_reason: str | None = None
     chunks: tuple[int, ...] | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._check_order(self.tokens)
@@ -85,10 +89,19 @@ class Trace:
         return next((time for time in known if time is not None), self.arrival)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; without ``chunks`` where each token is one."""
+        """Plain data, ready for JSON.
+
+        Without ``chunks`` where each token is one, and without counts of guesses where there were
+        none.
+        """
         data = asdict(self) | {"tokens": list(self.tokens)}
-        chunks = data.pop("chunks")
-        return data if chunks is None else data | {"chunks": list(chunks)}
+        if self.chunks is None:
+            del data["chunks"]
+        else:
+            data["chunks"] = list(self.chunks)
+        if not self.draft_tokens:
+            del data["draft_tokens"], data["accepted_tokens"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trace:
@@ -103,6 +116,16 @@ class Trace:
         except (KeyError, TypeError) as error:
             names = ", ".join(f.name for f in fields(cls))
             raise OptionError(f"not a latency trace ({error}); its fields are: {names}") from error
+
+
+def acceptance(latencies: Iterable[Latency]) -> str | None:
+    """How many guessed tokens were right, in words; None where none was guessed."""
+    traces = [latency.trace for latency in latencies]
+    guessed = sum(trace.draft_tokens for trace in traces)
+    if not guessed:
+        return None
+    right = sum(trace.accepted_tokens for trace in traces)
+    return f"{right} of {guessed} ({right / guessed:.0%})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -148,6 +171,15 @@ class Latency:
         """Arrival to the start of the first step that it took part in."""
         scheduled = self.trace.scheduled
         return None if scheduled is None else (scheduled - self.trace.arrival) * NS
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Of speculative decoding: the share of guessed tokens that were right.
+
+        None where none was guessed. As vLLM's "Acceptance rate": accepted / draft tokens.
+        """
+        guessed = self.trace.draft_tokens
+        return self.trace.accepted_tokens / guessed if guessed else None
 
     @property
     def output_tokens(self) -> int:
@@ -202,7 +234,9 @@ class Latency:
 
     def __repr__(self) -> str:
         times = " ".join(f"{name}={_ms(getattr(self, name))}" for name in _SHOWN)
-        return f"<Latency {times}, {self.output_tokens} tokens>"
+        accepted = acceptance([self])
+        guesses = "" if accepted is None else f", {accepted} guesses accepted"
+        return f"<Latency {times}, {self.output_tokens} tokens{guesses}>"
 
     def _repr_html_(self) -> str:
         cells = [_ms(getattr(self, name), unit="") for name in _SHOWN]
@@ -214,8 +248,13 @@ class Latency:
             note="vLLM definitions (vllm bench serve): TTFT = first token - arrival; TPOT = "
             "(E2E - TTFT) / (output tokens - 1); E2E = last token - arrival. "
             "Queue = arrival to first scheduled step. Cached: prompt tokens that an earlier "
-            "request had computed.",
+            f"request had computed.{_accepted_note(self)}",
         )
+
+
+def _accepted_note(latency: Latency) -> str:
+    accepted = acceptance([latency])
+    return "" if accepted is None else f" Guessed tokens accepted: {accepted}."
 
 
 def _ms(seconds: float | None, unit: str = "ms") -> str:

@@ -20,6 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from inferkit.devices import trim_heap
+from inferkit.engine.lookup import Speculative
 from inferkit.engine.openmp import release_team
 from inferkit.engine.request import Request, forked
 from inferkit.engine.runner import SlottedRunner
@@ -172,6 +173,16 @@ class Engine:
     def context(self) -> int:
         """Most tokens of prompt and output together."""
         return self._stepper.context
+
+    @property
+    def speculative(self) -> Speculative:
+        """Whether next tokens are guessed; what is set holds from the next step on."""
+        return self._stepper.speculative
+
+    @speculative.setter
+    def speculative(self, speculative: Speculative) -> None:
+        self._check_process()
+        self._stepper.speculative = speculative
 
     @property
     def on_finish(self) -> list[Callable[[Request], None]]:

@@ -69,6 +69,8 @@ class Request:
         self._logprobs: list[TokenLogprobs] = []
         self._scheduled: int | None = None
         self._cached = 0
+        self._guessed = 0
+        self._right = 0
         self._cancelled = False
         self._generation: Generation | None = None
         self._listeners: list[Callable[[], None]] = []
@@ -246,6 +248,12 @@ class Request:
             if self._scheduled is None:
                 self._scheduled, self._cached = now, cached
 
+    def speculated(self, guessed: int, right: int) -> None:
+        """A pass checked so many guessed tokens, of which the first so many were right."""
+        with self._changed:
+            self._guessed += guessed
+            self._right += right
+
     def emit(self, sampled: Sampled, now: int, *, end: bool) -> bool:
         """Take a token at ``now`` (ns); return whether a stop string ended the text.
 
@@ -327,10 +335,15 @@ class Request:
                 _log.debug("A reader of request %s is gone.", self.id)
 
     def _trace(self, reason: FinishReason | None) -> Trace:
+        times = tuple(self._times)
+        chunks = tuple(dict.fromkeys(times))  # the tokens of one pass have one time
         return Trace(
             arrival=self.arrival,
             scheduled=self._scheduled,
-            tokens=tuple(self._times),
+            tokens=times,
+            chunks=None if len(chunks) == len(times) else chunks,
+            draft_tokens=self._guessed,
+            accepted_tokens=self._right,
             finished=None if reason is None else time.perf_counter_ns(),
             prompt_tokens=len(self.prompt_token_ids),
             cached_tokens=self._cached,

@@ -109,7 +109,12 @@ class SlottedRunner:
         Shorter parts are padded on the left with tokens at positions beyond the part's end, where
         nothing reads them (see `SlotCache`), so that every part's last token stands last.
         """
-        width = self.width(chunks)
+        return self._read(chunks, self.width(chunks), [c.slot for c in chunks])[:, -1]
+
+    def _read(
+        self, chunks: Sequence[Chunk], width: int, slots: slice | list[int], keep: int = 1
+    ) -> torch.Tensor:
+        """`_forward` over chunks, padded to one width."""
         tokens, positions, last = [], [], []
         for c in chunks:
             end = c.start + len(c.tokens)
@@ -118,7 +123,7 @@ class SlottedRunner:
             positions.append([*range(end, end + pad), *range(c.start, end)])
             last.append(end - 1)
         longest = max(max(row) for row in positions)
-        return self._forward([c.slot for c in chunks], tokens, positions, last, longest)[:, -1]
+        return self._forward(slots, tokens, positions, last, longest, keep)
 
     def width(self, chunks: Sequence[Chunk]) -> int:
         """How many tokens each row of a prefill has, padding included.
@@ -148,6 +153,17 @@ class SlottedRunner:
             torch.tensor(positions, device=self.device)[:, None],
             max(positions),
         )
+
+    def verify(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        """Read several tokens of each of some rows; the logits [tokens, vocab] after each token.
+
+        A row may have fewer tokens than others; what `prefill` says of padding holds here too.
+        """
+        width = max(len(c.tokens) for c in chunks)
+        slots = [c.slot for c in chunks]
+        side_by_side = slots == list(range(len(slots)))
+        logits = self._read(chunks, width, slice(0, len(slots)) if side_by_side else slots, keep=0)
+        return [row[width - len(c.tokens) :] for row, c in zip(logits, chunks, strict=True)]
 
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """A decode pass; see `cudagraphs.Pass`."""

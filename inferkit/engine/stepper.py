@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from inferkit.devices import out_of_memory
+from inferkit.engine.lookup import MOST, Lookup, Speculative
 from inferkit.engine.request import Request
 from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.engine.scheduler import Entry, Scheduler
@@ -30,6 +33,9 @@ _log = logging.getLogger("inferkit")
 
 Part = tuple[Entry, int]
 
+# Positions of a pass whose logits are there at once, as for `SlottedRunner.score`.
+_VERIFIED = 64
+
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
@@ -40,7 +46,7 @@ class StepRecord:
         ended: When its tokens had been handed out.
         forward: How long the model's forward passes took, in ns.
         prefill_tokens: Prompt tokens that it computed.
-        decode_tokens: Rows that it gave a next token.
+        decode_tokens: Tokens that it decoded; of a row whose guesses were right more than one.
         running: Requests that had a slot in it.
         waiting: Requests that had none.
         kv_bytes: Keys and values that the running requests had in the cache when it ended; 0
@@ -75,6 +81,7 @@ class Stepper:
 
     Attributes:
         context: Most tokens of prompt and output together.
+        speculative: Whether next tokens are guessed, and the guesses checked in one pass.
         on_finish: Called with each request that has ended.
         broken: Why nothing can run any more, if that is so.
     """
@@ -92,6 +99,7 @@ class Stepper:
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self.speculative: Speculative = "off"
         self.on_finish: list[Callable[[Request], None]] = []
         self.broken: InferkitError | None = None
         self._end_ids = end_ids
@@ -133,11 +141,10 @@ class Stepper:
             assert self._slots is not None
             ready = [e for e in self.scheduler.prefill_candidates() if self._slots.seed(e)]
             step = self.scheduler.step(ready)
-            prefilled, decoded = sum(n for _, n in step.prefill), len(step.decode)
+            prefilled = sum(n for _, n in step.prefill)
             for parts in self._batches(step.prefill):
                 self._prefill(parts)
-            if step.decode:
-                self._decode(step.decode)
+            decoded = self._decode(step.decode) if step.decode else 0
         return StepRecord(
             began,
             time.perf_counter_ns(),
@@ -226,7 +233,10 @@ class Stepper:
         if problem is None:
             for entry, n in parts:
                 entry.computed += n
-            self._hand_out([e for e, _ in parts if not e.prefilling], chosen)
+            now = time.perf_counter_ns()
+            read = [e for e, _ in parts if not e.prefilling]
+            for entry, sampled in zip(read, chosen, strict=True):
+                self._hand_out(entry, sampled, now)
         elif len(parts) > 1:
             for part in parts:
                 self._prefill([part])
@@ -246,19 +256,92 @@ class Stepper:
         rows = [i for i, (entry, n) in enumerate(parts) if n == entry.remaining]
         return self._choose([parts[i][0] for i in rows], logits[rows]) if rows else []
 
-    def _decode(self, entries: Sequence[Entry]) -> None:
+    def _decode(self, entries: Sequence[Entry]) -> int:
+        """Give each entry a token, or several; return how many they were."""
         rows = sorted(entries, key=lambda e: e.slot)
-        chosen, problem = _attempt(self._run_decode, rows)
-        if problem is None:
-            for entry in rows:
-                entry.computed += 1
-            self._hand_out(rows, chosen)
-            return
-        for entry in entries[-1:] if isinstance(problem, OutOfMemoryError) else entries:
-            self._finish(entry, _Outcome("error", error=problem))
+        guesses = self._guesses(rows)
+        logits = None
+        if any(guesses):
+            logits, _ = _attempt(self._run_verify, rows, guesses)
+        if logits is not None:
+            chosen, problem = _attempt(self._accept, rows, guesses, logits)
+        else:  # there is no guess, or checking failed, and the smaller pass may do
+            chosen, problem = _attempt(self._run_decode, rows)
+        if problem is not None:
+            for entry in entries[-1:] if isinstance(problem, OutOfMemoryError) else entries:
+                self._finish(entry, _Outcome("error", error=problem))
+            return 0
+        now = time.perf_counter_ns()
+        before = sum(e.request.generated for e in rows)
+        # Of all before one ends: another may move into its slot, with all that it has.
+        for entry, tokens in zip(rows, chosen, strict=True):
+            entry.computed += len(tokens)
+        for entry, tokens in zip(rows, chosen, strict=True):
+            for sampled in tokens:
+                if not self._hand_out(entry, sampled, now):
+                    break
+        return sum(e.request.generated for e in rows) - before
 
-    def _run_decode(self, entries: Sequence[Entry]) -> list[Sampled]:
-        """Run the pass for entries in the order of their slots; choose a token for each."""
+    def _guesses(self, entries: Sequence[Entry]) -> list[list[int]]:
+        """What may come next of each entry, where that is to be guessed."""
+        if self.speculative == "off":
+            return [[] for _ in entries]
+        # All rows of a pass are as wide as the widest, which must end within the context; and in
+        # the ring of a window what is written in vain must have left the window (see `cache`).
+        room = min(self.context - max(e.computed for e in entries), self.runner.prefill_chunk)
+        room = min(room, _VERIFIED // len(entries), MOST + 1) - 1
+        guesses = []
+        for entry in entries:
+            if entry.lookup is None:
+                entry.lookup = Lookup()
+            request = entry.request
+            left = request.params.max_tokens - request.generated - 1
+            guessable = request.params.repetition_penalty == 1.0
+            most = min(room, left) if guessable else 0
+            guesses.append(entry.lookup.guess(entry.tokens, most))
+        return guesses
+
+    def _run_verify(
+        self, entries: Sequence[Entry], guesses: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Run one pass over each entry's last token and its guesses; the logits after each."""
+        assert isinstance(self.runner, SlottedRunner)
+        chunks = [
+            Chunk(e.slot, [e.tokens[e.computed], *guess], e.computed)
+            for e, guess in zip(entries, guesses, strict=True)
+        ]
+        width = max(len(c.tokens) for c in chunks)
+        for entry in entries:
+            entry.written = max(entry.written, entry.computed + width)
+        return torch.cat(self._timed(self.runner.verify, chunks))
+
+    def _accept(
+        self, entries: Sequence[Entry], guesses: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> list[list[Sampled]]:
+        """Choose the tokens of each entry, as far as they were guessed right, and one more.
+
+        A token is chosen from the same distribution, by the same random number, as if there had
+        been no guess, and counts if all guesses before it were right. So nothing but rounding can
+        make it another one, drawn tokens included.
+        """
+        asked = [
+            e for e, guess in zip(entries, guesses, strict=True) for _ in range(len(guess) + 1)
+        ]
+        chosen = iter(self._choose(asked, logits))
+        found = []
+        for entry, guess in zip(entries, guesses, strict=True):
+            tokens = [next(chosen) for _ in range(len(guess) + 1)]
+            right = _agreed(tokens, guess)
+            entry.request.sampler.take_back(len(guess) - right)
+            if guess:
+                assert entry.lookup is not None
+                entry.lookup.learn(len(guess), right)
+                entry.request.speculated(len(guess), right)
+            found.append(tokens[: right + 1])
+        return found
+
+    def _run_decode(self, entries: Sequence[Entry]) -> list[list[Sampled]]:
+        """Run the pass for entries in the order of their slots; choose one token for each."""
         assert isinstance(self.runner, SlottedRunner)
         assert self._slots is not None
         slots = [e.slot for e in entries]
@@ -271,7 +354,7 @@ class Stepper:
         logits = self._timed(self.runner.decode, tokens, positions)
         if len(rows) > len(entries):
             logits = logits[slots]
-        return self._choose(entries, logits)
+        return [[sampled] for sampled in self._choose(entries, logits)]
 
     def _run_alone(self, entry: Entry, runner: SequentialRunner) -> tuple[int, int]:
         before, choosing = entry.request.generated, 0
@@ -292,7 +375,8 @@ class Stepper:
                 self._finish(entry, _Outcome("cancelled"))
             if entry.request.done:
                 return None
-            self._hand_out([entry], self._choose([entry], logits))
+            [sampled] = self._choose([entry], logits)
+            self._hand_out(entry, sampled, time.perf_counter_ns())
             return None if entry.request.done else entry.tokens[-1]
 
         began = time.perf_counter_ns()
@@ -322,15 +406,14 @@ class Stepper:
 
     # -- handing out ----------------------------------------------------------------------------
 
-    def _hand_out(self, entries: Sequence[Entry], chosen: Sequence[Sampled]) -> None:
-        """Give each request its token, and end those that are done."""
-        now = time.perf_counter_ns()
-        for entry, sampled in zip(entries, chosen, strict=True):
-            outcome, problem = _attempt(self._take, entry, sampled, now)
-            if problem is not None:
-                outcome = _Outcome("error", error=problem)
-            if outcome is not None:
-                self._finish(entry, outcome)
+    def _hand_out(self, entry: Entry, sampled: Sampled, now: int) -> bool:
+        """Give a request its token, and end it if it is done; return whether it goes on."""
+        outcome, problem = _attempt(self._take, entry, sampled, now)
+        if problem is not None:
+            outcome = _Outcome("error", error=problem)
+        if outcome is not None:
+            self._finish(entry, outcome)
+        return outcome is None
 
     def _take(self, entry: Entry, sampled: Sampled, now: int) -> _Outcome | None:
         if sampled.error is not None:
@@ -371,6 +454,14 @@ class Stepper:
                 listener(entry.request)
             except Exception:  # a listener's fault is not the request's
                 _log.exception("A listener failed on %r.", entry.request)
+
+
+def _agreed(tokens: Sequence[Sampled], guess: Sequence[int]) -> int:
+    """How many first tokens were guessed right."""
+    right = 0
+    while right < len(guess) and tokens[right].token_id == guess[right]:
+        right += 1
+    return right
 
 
 def _attempt(work: Callable[..., Any], *inputs: Any) -> tuple[Any, GenerationError | None]:

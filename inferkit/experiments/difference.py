@@ -692,6 +692,7 @@ def _facts(one: Experiment) -> dict[str, str]:
         "max_batch": of_modes(lambda m: m.max_batch),
         "context": of_modes(lambda m: m.context),
         "step": of_modes(lambda m: m.step),
+        "speculation": of_modes(lambda m: m.speculative),
         "prefix reuse": of_models(lambda m: "on" if m.prefix_reuse else "off"),
         "prefill chunk": of_models(lambda m: m.prefill_chunk),
         "driver": _joined(d.driver for d in env.devices),

@@ -323,6 +323,8 @@ def trace_of(one: RequestEntry) -> Trace:
         ok=one.finish_reason in (None, "stop", "length"),
         finish_reason=one.finish_reason,
         chunks=None if one.chunks is None else tuple(files.unpack(one.chunks)),
+        draft_tokens=one.draft_tokens,
+        accepted_tokens=one.accepted_tokens,
     )
 
 

@@ -99,6 +99,7 @@ class ModeEntry(Entry):
         max_batch: Most requests at once.
         context: Most tokens of prompt and output.
         step: "compiled" or "eager".
+        speculative: How next tokens were guessed: "ngram", or "off".
     """
 
     time: int
@@ -111,6 +112,7 @@ class ModeEntry(Entry):
     step: str
     double_quant: bool = False
     compute_dtype: str = "auto"
+    speculative: str = "off"
 
 
 class RequestEntry(Entry):
@@ -138,6 +140,8 @@ class RequestEntry(Entry):
             and tokens of a chunk stand at its time; None: one per token; []: not known.
         finished: When the engine was done with it.
         cached_tokens: Prompt tokens whose KV cache was there.
+        draft_tokens: Tokens that were guessed and checked (speculative decoding).
+        accepted_tokens: How many of these were right.
     """
 
     model: int
@@ -160,6 +164,8 @@ class RequestEntry(Entry):
     chunks: Ints | None = None
     finished: int | None = None
     cached_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class DeviceEntry(Entry):

@@ -323,8 +323,12 @@ class Recording:
         )
 
     def _end(self, gen: Any) -> dict[str, Any]:
-        finished = gen.latency.trace.finished
-        facts = {"finish_reason": gen.finish_reason, "finished": self._since(finished)}
+        trace = gen.latency.trace
+        facts = {"finish_reason": gen.finish_reason, "finished": self._since(trace.finished)}
+        if trace.chunks is not None:
+            facts["chunks"] = [self._since(moment) for moment in trace.chunks]
+        if trace.draft_tokens:
+            facts |= {n: getattr(trace, n) for n in ("draft_tokens", "accepted_tokens")}
         if not (self._redact and isinstance(gen.stop_reason, str)):
             facts["stop_reason"] = gen.stop_reason
         if gen.error is not None:
@@ -461,6 +465,7 @@ def _mode(model: Model) -> dict[str, Any] | None:
             "max_batch": model.max_batch,
             "context": model.context,
             "step": "compiled" if model.compilation else "eager",
+            "speculative": model.speculative,
         }
     except InferkitError:
         return None

@@ -444,6 +444,7 @@ class _Run:
             prefix_reuse=entry.prefix_reuse,
             prefill_chunk=entry.prefill_chunk or PREFILL_CHUNK,
             compile=False,
+            speculative=mode.speculative,  # type: ignore[arg-type]
             progress=self._progress,
         )
         try:
@@ -572,6 +573,7 @@ class _Run:
             batching=mode.batching,  # type: ignore[arg-type]
             max_batch=mode.max_batch,
             context=mode.context,
+            speculative=mode.speculative,  # type: ignore[arg-type]
         )
 
     def _compile(self, model: Model, wanted: bool) -> None:
@@ -701,7 +703,7 @@ def _as_it_was(model: Model, progress: Progress) -> Iterator[None]:
     """Whatever is done to the model, it has its settings again afterwards."""
     # Not `settings_back`, which keeps other threads from changing the model: one of ours does.
     form, rows, context = model.plan.format, model.max_batch, model.context
-    policy, compile = model.batching, model._parts.compile
+    policy, compile, guesses = model.batching, model._parts.compile, model.speculative
     try:
         yield
     finally:
@@ -711,7 +713,7 @@ def _as_it_was(model: Model, progress: Progress) -> Iterator[None]:
                 model._become(
                     format=form, max_batch=rows, context=context, force=True, progress=shown
                 )
-                model.configure(batching=policy, compile=compile)
+                model.configure(batching=policy, compile=compile, speculative=guesses)
 
 
 def _where_they_part(got: Generation, recorded: Generation) -> int | None:

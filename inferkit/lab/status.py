@@ -96,10 +96,11 @@ class _Meter:
                 self._bucket(times[0]).firsts.append(self._ttft)
                 self._moments.append(times[0])
             for early, late in pairwise(times):
-                gap = (late - early) * 1e-6
-                self._gaps.append(gap)
-                self._bucket(late).gaps.append(gap)
                 self._moments.append(late)
+                if late > early:  # the tokens of one pass come together, with one gap before them
+                    gap = (late - early) * 1e-6
+                    self._gaps.append(gap)
+                    self._bucket(late).gaps.append(gap)
             if over:
                 del self._live[key]
             else:

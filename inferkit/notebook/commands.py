@@ -155,7 +155,7 @@ COMMANDS: Mapping[str, Command] = {
         "Change how requests are batched, or show it.",
         "%infer batching static --max-batch 8",
         {"batching": {"nargs": "?", "metavar": "POLICY", "help": "continuous, static or off"}},
-        {**{n: LOAD_OPTIONS[n] for n in ("max_batch", "context")}, **_MODEL},
+        {**{n: LOAD_OPTIONS[n] for n in ("max_batch", "context", "speculative")}, **_MODEL},
     ),
     "record": Command(
         "Record all requests to a file until it is stopped.",

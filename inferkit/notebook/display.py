@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from inferkit.generation import Generation, Generations
 from inferkit.html import format_number, one_line, table, text_table
 from inferkit.sampling import SamplingParams
-from inferkit.trace import NS
+from inferkit.trace import NS, acceptance
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
@@ -65,6 +65,7 @@ class Run:
             ran.device,
             ran.dtype,
             f"{ran.batching} batching, at most {ran.max_batch}",
+            *([f"speculation {ran.speculative}"] if ran.speculative != "off" else []),
             *(["chat template"] if self.chat else []),
             *_sampling(request.params, request.sampler.seed),
         ]
@@ -212,11 +213,11 @@ class Meter:
         for index, request in enumerate(self._requests):
             for moment in request.times_since(self._counts[index]):
                 gap = (moment - self._latest[index]) * NS
-                if self._counts[index]:
+                if not self._counts[index]:
+                    self._ttfts.append(gap)
+                elif gap:  # the tokens of one pass come together, with one gap before them
                     insort(self._gaps, gap)
                     self._newest = max(self._newest, (moment, gap))
-                else:
-                    self._ttfts.append(gap)
                 self._counts[index] += 1
                 self._latest[index] = moment
 
@@ -309,7 +310,9 @@ def _latency_text(generations: Generations, interrupted: bool) -> str:
 
 def _total(generations: Generations) -> str:
     tokens = sum(len(gen.token_ids) for gen in generations)
-    return f"{tokens} tokens, {format_number(output_rate(generations))} output tokens/s."
+    total = f"{tokens} tokens, {format_number(output_rate(generations))} output tokens/s."
+    accepted = acceptance(gen.latency for gen in generations)
+    return total if accepted is None else f"{total} Guessed tokens accepted: {accepted}."
 
 
 def _rows(generations: Generations) -> list[tuple[object, ...]]:

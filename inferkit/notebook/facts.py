@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from inferkit.html import format_bytes, format_number
 from inferkit.notebook.display import output_rate
+from inferkit.trace import acceptance
 
 if TYPE_CHECKING:
     from inferkit.generation import Generations
@@ -26,6 +27,7 @@ def model_facts(model: Model | None) -> dict[str, Any] | None:
         "max_batch": model.max_batch,
         "context": model.context,
         "step": str(model.compilation),
+        "speculative": model.speculative,
         "fallback": model.fallback,
     }
 
@@ -60,6 +62,9 @@ def run_summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]
                 shown = f"{label} {percentile}" if many else label
                 facts.append((shown, f"{format_number(1e3 * value)} ms"))
     facts.append(("output tokens/s", format_number(output_rate(gens))))
+    accepted = acceptance(gen.latency for gen in gens)
+    if accepted is not None:
+        facts.append(("guesses accepted", accepted))
     if model is not None:
         facts.append(("weights", format_bytes(model.plan.weights)))
         facts.append(("KV cache", format_bytes(model.plan.kv_cache)))

@@ -107,6 +107,7 @@ class Feed:
         self._run: deque[Request] = deque(maxlen=_RUN)
         self._count = 0
         self._window = Window(WINDOW)
+        self._moments: list[float] = []  # of the tokens of late
         self._listens = True
         self._step_seen = self.epoch
         self._peeked = Update()
@@ -214,6 +215,7 @@ class Feed:
                 "context": model.context,
                 # While it is being compiled, what runs is the same as before.
                 "step": f"{'compiled' if model.compilation else 'eager'} step",
+                "speculative": f"speculation {model.speculative}",
             }
         except InferkitError:
             return {}
@@ -313,7 +315,10 @@ class Feed:
         seen = watched.tokens
         gaps, told = watched.read(until)
         for index, (moment, gap) in enumerate(gaps, start=seen):
-            rows["tokens" if index else "firsts"].append((self._since(moment), gap, watched.number))
+            time = self._since(moment)
+            self._moments.append(time)
+            if not index or gap:  # the tokens of one pass come together, with one gap before them
+                rows["tokens" if index else "firsts"].append((time, gap, watched.number))
         if told is not None:
             update.requests.append(told)
         if watched.over:
@@ -378,10 +383,8 @@ class Feed:
         """Tokens per second of late."""
         begun = self._since(self._run[0].arrival) if self._run else now
         since = max(now - RATE_WINDOW, begun)
-        tokens = sum(
-            len(table.rows) - int(np.searchsorted(table.rows[:, 0], since))
-            for table in (self.tables["tokens"], self.tables["firsts"])
-        )
+        self._moments = [moment for moment in self._moments if moment >= now - RATE_WINDOW]
+        tokens = sum(moment >= since for moment in self._moments)
         return tokens / (now - since) if now > since else 0.0
 
     def _since(self, moment: int) -> float:

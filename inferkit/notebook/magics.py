@@ -129,7 +129,7 @@ class InferMagics(Magics):
         self._tell(model.quantize(arguments.quantize, **options))
 
     def _batching(self, arguments: argparse.Namespace) -> None:
-        options = given(arguments, ("batching", "max_batch", "context"))
+        options = given(arguments, ("batching", "max_batch", "context", "speculative"))
         self._tell(self._model(arguments).configure(**options))
 
     def _record(self, arguments: argparse.Namespace) -> None:
@@ -231,6 +231,7 @@ class InferMagics(Magics):
         print(
             f"{model.name}: {model.plan.format} in {model.dtype} on {', '.join(model.devices)}, "
             f"{model.batching} batching of at most {model.max_batch}, context {model.context}, "
+            f"{'' if model.speculative == 'off' else f'speculation {model.speculative}, '}"
             f"weights {format_bytes(model.plan.weights)}"
         )
 

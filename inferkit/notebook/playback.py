@@ -146,7 +146,7 @@ class _Stage:
         self.name = self._file.models[mode.model].name
         self.plan = SimpleNamespace(format=mode.format)
         self.batching, self.max_batch, self.context = mode.batching, mode.max_batch, mode.context
-        self.compilation = mode.step == "compiled"
+        self.compilation, self.speculative = mode.step == "compiled", mode.speculative
 
     def steps_since(self, moment: int) -> list[StepRecord]:
         """As `Engine.steps_since`; the steps follow from the requests' times."""

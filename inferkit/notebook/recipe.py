@@ -59,6 +59,8 @@ def load_options(model: Model) -> dict[str, Any]:
         "max_batch": model.max_batch,
         "context": model.context,
     }
+    if model.speculative != "off":
+        options["speculative"] = model.speculative
     if form.double_quant and not form.stored:
         options["double_quant"] = True
     if form.compute_dtype and not form.stored:

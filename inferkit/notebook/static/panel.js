@@ -163,6 +163,7 @@ function createPanel(store, root) {
         model.device, model.dtype, `precision ${model.quantization}`,
         `${model.batching} batching, at most ${model.max_batch}`, `context ${model.context}`,
         `step ${model.step.split(":")[0]}`,
+        ...(model.speculative === "off" ? [] : [`speculation ${model.speculative}`]),
       ].join(" · ")} `]
       : ["No model is loaded: choose one and press Load."]));
     facts.title = model ? `Decode step: ${model.step}` : "";

@@ -1,0 +1,185 @@
+"""Speculative decoding by prompt lookup: what is guessed, and that the text stays the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import inferkit as ik
+from inferkit.engine.lookup import MOST, Lookup
+
+# -- guessing -------------------------------------------------------------------------------------
+
+
+def test_what_followed_the_same_tokens_last_time_is_guessed():
+    lookup = Lookup()
+    text = [1, 2, 3, 4, 9, 1, 2, 5, 6, 8, 1, 2]
+    assert lookup.guess(text, 2) == [5, 6]
+    assert Lookup().guess(text, 1) == [5]
+    assert Lookup().guess(text, 0) == []
+    assert Lookup().guess([*text[:7], 5, 7, 2, 3], 2) == [4, 9]
+
+
+def test_the_longest_match_decides():
+    text = [7, 1, 2, 3, 50, 8, 2, 3, 60, 7, 1, 2, 3]
+    assert Lookup().guess(text, 1) == [50]
+
+
+@pytest.mark.parametrize("text", [[], [1], [1, 2], [1, 2, 3, 4], [5, 5]])
+def test_nothing_is_guessed_of_a_text_without_repetition(text):
+    assert Lookup().guess(text, MOST) == []
+
+
+def test_a_short_repetition_goes_on_as_long_as_there_is_room():
+    lookup = Lookup()
+    for _ in range(3):
+        lookup.learn(2, 2)
+    text = [4, 5] * 6
+    assert lookup.guess(text, MOST) == [4, 5] * (MOST // 2)
+
+
+def test_tokens_that_come_later_are_taken_in():
+    lookup, text, dice = Lookup(), [1, 2, 3], random.Random(0)
+    for _ in range(300):
+        assert lookup.guess(list(text), 1) == Lookup().guess(list(text), 1)
+        text.append(dice.randrange(4))
+
+
+def test_right_guesses_become_longer_and_wrong_ones_rarer():
+    lookup, text = Lookup(), [1, 2] * 20
+    lengths = []
+    for _ in range(4):
+        lengths.append(len(lookup.guess(text, 100)))
+        lookup.learn(lengths[-1], lengths[-1])
+    assert lengths == [2, 4, 8, MOST]
+    lookup.learn(8, 3)
+    assert len(lookup.guess(text, 100)) == 3
+    waits = []
+    for _ in range(8):
+        lookup.learn(1, 0)
+        waits.append(0)
+        while not lookup.guess(text, 100):
+            waits[-1] += 1
+    assert waits == [1, 2, 4, 8, 16, 32, 32, 32]
+    lookup.learn(1, 1)
+    assert lookup.guess(text, 100)
+
+
+# -- on the demo model ----------------------------------------------------------------------------
+
+QUOTING = (
+    "Text: The northern lights, or aurora borealis, are seen where particles from the sun meet the "
+    "upper atmosphere, near the magnetic poles.\nText again: The northern lights, or"
+)
+PROMPTS = (QUOTING, "1, 2, 3, 4, 5, 6, 7,", "Once upon a time", "def add(a, b):\n    return")
+
+
+@pytest.fixture(scope="module")
+def demo(demo_model_path: Path) -> Iterator[ik.Model]:
+    with ik.load(
+        demo_model_path, dtype="float32", context=512, max_batch=4, compile=False, progress=False
+    ) as model:
+        yield model
+
+
+@pytest.fixture
+def model(demo: ik.Model) -> Iterator[ik.Model]:
+    yield demo
+    demo.configure(speculative="off")
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.8, "seed": 11},
+        {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 4, "logprobs": 2},
+        {"repetition_penalty": 1.2},
+    ],
+    ids=["greedy", "drawn", "filtered", "penalty"],
+)
+def test_the_text_is_the_same_alone_and_in_a_batch(model, options):
+    options = {"max_tokens": 24, "ignore_eos": True, **options}
+    wanted = model.generate(PROMPTS, **options)
+    model.configure(speculative="ngram")
+    for got in (model.generate(PROMPTS, **options), [model.generate(PROMPTS[0], **options)]):
+        for one, expected in zip(got, wanted, strict=False):
+            assert one.token_ids == expected.token_ids
+            assert one.text == expected.text
+            assert one.settings.speculative == "ngram"
+            if one.logprobs:
+                ours, theirs = ([e.logprob for e in g.logprobs] for g in (one, expected))
+                assert ours == pytest.approx(theirs, abs=1e-3)
+    if "repetition_penalty" in options:
+        assert model.last.latency.acceptance_rate is None
+
+
+@pytest.mark.demo
+def test_guesses_are_counted_where_latency_is_shown(model):
+    model.configure(speculative="ngram")
+    gen = model.generate(QUOTING, max_tokens=24, ignore_eos=True)
+    latency, trace = gen.latency, gen.latency.trace
+    assert 0 < trace.accepted_tokens <= trace.draft_tokens
+    assert latency.acceptance_rate == trace.accepted_tokens / trace.draft_tokens
+    # As many chunks as passes; a token more than guessed right in each.
+    assert len(latency.itl) == len(set(trace.tokens)) - 1 == 23 - trace.accepted_tokens
+    assert all(latency.itl)
+    said = f"{trace.accepted_tokens} of {trace.draft_tokens}"
+    assert said in repr(latency)
+    assert said in latency._repr_html_()
+    summary = ik.summarize([gen, model.generate("x", max_tokens=1)])
+    assert summary.acceptance_rate == latency.acceptance_rate
+    assert said in repr(summary)
+    assert summary.to_dict()["acceptance_rate"] == summary.acceptance_rate
+    model.configure(speculative="off")
+    plain = model.generate(QUOTING, max_tokens=4)
+    assert plain.latency.acceptance_rate is None
+    assert "accepted" not in repr(ik.summarize([plain]))
+
+
+@pytest.mark.demo
+def test_a_recording_keeps_the_guesses_and_its_replay_makes_them_again(model, tmp_path):
+    model.configure(speculative="ngram")
+    with ik.record("guessing", path=tmp_path / "g.inferkit.json") as exp:
+        gen = model.generate(QUOTING, max_tokens=24, ignore_eos=True)
+    again = ik.open(tmp_path / "g.inferkit.json").generations[0]
+    assert again.latency.trace.chunks == tuple(
+        t - gen.latency.trace.arrival + again.latency.trace.arrival
+        for t in gen.latency.trace.chunks
+    )
+    assert again.latency.acceptance_rate == gen.latency.acceptance_rate
+    assert again.settings.speculative == "ngram"
+    model.configure(speculative="off")
+    replayed = ik.replay(tmp_path / "g.inferkit.json", progress=False)
+    assert replayed.ok
+    assert replayed.outcomes[0].measured.latency.acceptance_rate == gen.latency.acceptance_rate
+    assert model.speculative == "off"
+    assert exp.generations[0].token_ids == gen.token_ids
+
+
+# -- the option -----------------------------------------------------------------------------------
+
+
+def test_the_option_is_checked_shown_and_kept(tiny_model: Callable[[str], Path]):
+    path = tiny_model("llama")
+    with pytest.raises(ik.InferkitError, match="off, ngram"):
+        ik.load(path, speculative="eagle")
+    with ik.load(path, progress=False, name="guessing", speculative="ngram") as model:
+        assert model.speculative == "ngram"
+        assert "speculation=ngram" in repr(model)
+        with pytest.raises(ik.InferkitError, match="off, ngram"):
+            model.configure(speculative="on")
+        assert ik.load(path, progress=False, name="guessing") is model
+        assert model.speculative == "off"
+        assert "speculation" not in repr(model)
+
+
+def test_one_that_runs_alone_guesses_nothing_and_says_so(tiny_model: Callable[[str], Path]):
+    with ik.load(tiny_model("mamba"), progress=False, speculative="ngram") as model:
+        gen = model.generate([5, 6] * 8, max_tokens=6, ignore_eos=True)
+        assert gen.settings.speculative == "off"
+        assert gen.latency.acceptance_rate is None
