@@ -30,7 +30,9 @@ from inferkit.errors import (
     ModelNotFoundError,
     OptionError,
     UnsupportedModelError,
+    first_line,
 )
+from inferkit.html import one_line
 from inferkit.progress import Progress
 
 if TYPE_CHECKING:
@@ -216,17 +218,24 @@ def _classify(ref: Ref, revision: str | None, *, weights: bool = True) -> tuple[
         raise OptionError(f"revision={revision!r} must be the name of a branch, tag or commit.")
     name = os.fspath(ref)
     kind: Kind
-    path = Path(name).expanduser()
     if not name.strip() or "\0" in name:
         raise ModelNotFoundError(
             f"{name!r} names no model; pass 'demo', a hub id, a folder or a .gguf file."
         )
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long for a file; ~ of nobody
+        raise ModelNotFoundError(
+            f"{one_line(name, 80)!r} names no model ({first_line(error)}); pass 'demo', a hub id, "
+            "a folder or a .gguf file."
+        ) from None
     if isinstance(ref, str) and name == "demo":
         kind = "demo"
-    elif path.is_dir():
+    elif is_folder:
         _check_folder(path, weights=weights)
         kind = "folder"
-    elif path.is_file():
+    elif is_file:
         _check_is_gguf(path)
         kind = "gguf"
     elif isinstance(ref, str) and hub.is_id(name) and not name.endswith(".gguf"):

@@ -119,9 +119,14 @@ class Encoder:
         return text, self._checked(self._ids(text, special=False))
 
     def _ids(self, text: str, special: bool) -> list[int]:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise PromptError(
+                "The prompt has half of a character in it (a lone surrogate), which is no text: "
+                "take it out, as text.encode('utf-8', 'ignore').decode() does."
+            )
         try:
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
-        except (TypeError, UnicodeError) as error:  # a lone surrogate is no text
+        except (TypeError, UnicodeError) as error:
             raise PromptError(f"The prompt cannot be tokenized: {error}.") from None
 
     def _checked(self, ids: list[int]) -> tuple[int, ...]:

@@ -775,10 +775,9 @@ def test_threads_of_one_process_convert_once(
     gguf_model: Callable[[str], Path], cache: Path
 ) -> None:
     found: list[Path] = []
+    file = gguf_model("gpt2")
     threads = [
-        threading.Thread(
-            target=lambda: found.append(catalog.resolve(gguf_model("gpt2"), progress=False).path)
-        )
+        threading.Thread(target=lambda: found.append(catalog.resolve(file, progress=False).path))
         for _ in range(3)
     ]
     for thread in threads:

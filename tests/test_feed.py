@@ -184,6 +184,7 @@ def stage(*requests: Request, name: str = "played") -> Any:
         max_batch=1,
         context=64,
         compilation=False,
+        speculative="off",
         _engine=engine,
         submit=engine.submit,
     )
@@ -650,6 +651,7 @@ def test_a_first_model_is_no_change(feed: Feed, model: ik.Model) -> None:
         "max_batch": 4,
         "context": 256,
         "step": "eager step",
+        "speculative": "speculation off",
     }
 
 

@@ -318,6 +318,10 @@ def test_a_request_that_fails_keeps_its_text(
         ("%%infer load demo\nhi", "one percent sign"),
         ("%%infer\n\n---\n", "The cell has no prompt"),
         ("%%infer\n" + "word " * 3000, "context"),
+        ("%infer load ~nobody-of-this-name/x", "names no model"),
+        ("%infer plan " + "y" * 300, "names no model"),
+        ("%%infer\n\ud83d alone", "half of a character"),
+        ('%infer record a --path ""', "--path is empty"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -325,6 +329,40 @@ def test_bad_input_is_one_line(
 ) -> None:
     assert message in terminal.fails(source)
     assert "_infer" not in terminal
+
+
+@pytest.mark.parametrize("prompt", ["-x", "--", "-hello world", "--max-tokens 3", "load"])
+def test_a_quoted_prompt_may_look_like_an_option(
+    terminal: Notebook, model: ik.Model, prompt: str
+) -> None:
+    terminal.run(f'%infer "{prompt}" --max-tokens 2')
+    assert terminal["_infer"].prompt == prompt
+    assert len(terminal["_infer"].token_ids) <= 2
+    terminal.shell.user_ns["it"] = prompt
+    terminal.run('%infer "{it}" --max-tokens 2')
+    assert terminal["_infer"].prompt == prompt
+
+
+@pytest.mark.parametrize("source", ["%%infer --help\nhi", '%infer "hi" -h', "%infer -h"])
+def test_help_is_shown_wherever_it_is_asked_for(terminal: Notebook, source: str) -> None:
+    assert terminal.run(source) == terminal.run("%infer help")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<b>x</b> a < b <3", "&lt;b>x&lt;/b> a < b <3"),
+        ("`<b>` <i>", "`<b>` &lt;i>"),
+        ("```html\n<p>\n```\n<p>", "```html\n<p>\n```\n&lt;p>"),
+        ("```\n<p> unclosed", "```\n<p> unclosed"),
+        ("    <p>\n<p>", "    <p>\n&lt;p>"),
+        ("$a<b$ <!-- x -->", "$a<b$ &lt;!-- x -->"),
+    ],
+)
+def test_tags_in_an_answer_are_shown_and_not_taken_as_html(text: str, shown: str) -> None:
+    from inferkit.notebook.display import _no_html
+
+    assert _no_html(text) == shown
 
 
 def test_without_a_model_the_message_says_how_to_load_one(
@@ -434,11 +472,29 @@ def test_variables_are_put_in(text: str, expected: str) -> None:
         'print(f"{name} {n}")',
         r"\frac{n}{i} + x_{i}^{n} \sqrt[3]{n}",
         "echo ${name}",
+        'f"""\nHello {name}\n"""',
+        "f'''{name}'''",
+        r'f"say \"{name}\""',
+        r"\sum_{n} \prod_{i}^{n} \begin{name}[n]{i}",
         "{'a'} {1, 2}",
     ],
 )
 def test_other_braces_are_left_alone(text: str) -> None:
     assert interpolate(text, NAMESPACE) == text
+
+
+def test_a_cell_says_which_variables_stand_in_it_and_can_leave_them_out(
+    notebook: Notebook, model: ik.Model
+) -> None:
+    notebook.shell.user_ns |= {"name": "Ada", "n": 3}
+    notebook.run("%%infer --max-tokens 2\nHi {name}, {n} and {name}, {nobody}")
+    assert notebook["_infer"].prompt == "Hi Ada, 3 and Ada, {nobody}"
+    assert "with the variables name, n" in notebook.outputs()[0]["text/plain"]
+    notebook.run("%%infer --max-tokens 2 --no-variables\nint n[] = {n};")
+    assert notebook["_infer"].prompt == "int n[] = {n};"
+    assert "variables" not in notebook.outputs()[0]["text/plain"]
+    notebook.run('%infer "{name}" --max-tokens 2 --no-variables')
+    assert notebook["_infer"].prompt == "{name}"
 
 
 def test_an_object_that_fails_to_be_looked_up_is_left_alone() -> None:

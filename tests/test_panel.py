@@ -739,11 +739,13 @@ def working() -> Iterator[tuple[Worker, list[BaseException], threading.Event]]:
     worker.do(lambda: go.wait(60) and None)
     wait_until(lambda: not worker._jobs)
     yield worker, failed, go
+    thread = worker._thread
     go.set()
     worker.close()
-    assert worker._thread is not None
-    worker._thread.join(60)
-    assert not worker._thread.is_alive()
+    assert thread is not None
+    thread.join(60)
+    assert not thread.is_alive()
+    assert worker._thread is None
 
 
 def test_a_worker_has_no_thread_until_there_is_work() -> None:
@@ -751,6 +753,23 @@ def test_a_worker_has_no_thread_until_there_is_work() -> None:
     worker.close()
     worker.do(lambda: pytest.fail("it was closed"))
     assert "test-idle" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_thread_without_jobs_ends_and_the_next_job_starts_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inferkit.notebook.worker._PATIENCE", 0.05)
+    done: list[int] = []
+    worker = Worker("test-resting", print)
+
+    def threads() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name == "test-resting"]
+
+    for number in range(3):
+        worker.do(lambda number=number: done.append(number))
+        wait_until(lambda number=number: len(done) == number + 1)
+        wait_until(lambda: not threads())
+    worker.close()
 
 
 def test_jobs_are_done_in_the_order_of_coming() -> None:
@@ -897,8 +916,7 @@ def test_load(browse: Callable[..., Browser], folder: Path) -> None:
     assert browser.parts["model"] is None
     assert "Panel" in browser.parts["code"]
     browser.type(ref=str(folder), max_batch="3", context="128", device="cpu")
-    plan = browser.wait("plan", lambda told: told and told["fits"])
-    assert plan["text"].startswith("Plan: ")
+    browser.wait("plan", lambda told: told and told["fits"] and told["text"].startswith("Plan: "))
     browser.act("load")
     shown = browser.wait("model")
     browser.settle()
@@ -1108,16 +1126,46 @@ def test_the_precision_changes_with_progress(browse: Callable[..., Browser], own
     assert 'quantize="int8"' in browser.parts["code"]
 
 
-def test_a_refused_change_puts_the_field_back(
+@pytest.mark.parametrize(
+    ("name", "typed"), [("context", "99999"), ("context", "1"), ("max_batch", "9" * 18)]
+)
+def test_what_is_refused_stays_with_the_reason_at_its_field(
+    browse: Callable[..., Browser], model: ik.Model, name: str, typed: str
+) -> None:
+    browser = browse(model)
+    browser.pick(**{name: typed})
+    browser.settle()
+    assert browser.wait("errors")[name]
+    assert not browser.parts.get("failure")
+    assert (model.context, model.max_batch) == (256, 4)
+    assert browser.parts["form"][name] == typed
+    assert browser.parts["work"] is None
+    browser.pick(**{name: "256" if name == "context" else "4"})
+    browser.settle()
+    assert not browser.parts["errors"]
+
+
+def test_a_failure_goes_with_the_model_that_it_was_of(
     browse: Callable[..., Browser], model: ik.Model
 ) -> None:
     browser = browse(model)
-    browser.pick(context="99999")
+    browser.act("load", {"ref": "/no/such/model"})
     browser.settle()
-    assert "99999" in browser.wait("failure")["text"]
-    assert model.context == 256
-    assert browser.parts["form"]["context"] == "256"
-    assert browser.parts["work"] is None
+    assert "/no/such/model" in browser.wait("failure")["text"]
+    browser.type(ref="shared")
+    browser.settle()
+    assert browser.parts["failure"] is None
+
+
+@pytest.mark.parametrize("ref", ["~nobody-of-this-name/x", "y" * 300])
+def test_what_cannot_be_a_path_is_a_sentence(
+    browse: Callable[..., Browser], model: ik.Model, ref: str
+) -> None:
+    browser = browse(model)
+    browser.type(ref=ref)
+    browser.settle()
+    assert "names no model" in browser.wait("plan")["text"]
+    assert not browser.parts.get("failure")
 
 
 def test_a_refused_precision_puts_the_toggle_back(
@@ -1440,6 +1488,17 @@ def test_the_saved_notebook_keeps_a_picture_of_the_last_run(
     check_svg(newest[slots[0]]["image/svg+xml"])
     assert "Once &lt;b&gt;" in newest[slots[1]]["text/html"]
     assert "length" in newest[slots[1]]["text/plain"]
+
+
+def test_a_terminal_says_that_it_shows_no_panel(
+    model: ik.Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(live, "get_ipython", object)  # a shell that has no kernel
+    panel = Panel(model)
+    panel._ipython_display_()
+    assert capsys.readouterr().out.count("\n") == 1
+    assert panel._ticker is None
+    panel.close()
 
 
 def threads_of_panels() -> list[threading.Thread]:

@@ -99,7 +99,8 @@ HELP_FLAGS = {"-h", "--help"}
 _CELL_HELP = """\
 A cell that begins with %%infer takes the same options, and the rest of it is the prompt; a line
 of --- stands between several, which run as one batch. {name}, {name.attr}, {name[0]} and
-{name["key"]} are replaced by variables. Results are in _infer."""
+{name["key"]} are replaced by variables, if there are such, and --no-variables leaves them alone.
+Results are in _infer."""
 
 _MODEL: Options = {"model": {"metavar": "NAME", "help": "a loaded model; needed with several"}}
 _TO = {"metavar": "VARIABLE", "help": "a variable to keep it in"}
@@ -109,6 +110,7 @@ _PROMPT_OPTIONS: Options = {
     "chat": {"action": "store_true", "help": "use the model's chat template"},
     "to": {"metavar": "VARIABLE", "help": "a variable to keep results in, besides _infer"},
     "raw": {"action": "store_true", "help": "show text as it is, not as Markdown"},
+    "no_variables": {"action": "store_true", "help": "leave {name} in prompts as it is"},
     **SAMPLING_OPTIONS,
     "stop": {**SAMPLING_OPTIONS["stop"], "type": words.unescaped},
     "logprobs": {**SAMPLING_OPTIONS["logprobs"], "help": "kept in _infer.logprobs"},

@@ -6,6 +6,7 @@ has the last state of each and reads without a kernel. In a terminal the text st
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from bisect import insort
@@ -48,12 +49,14 @@ class Run:
         requests: One for each.
         chat: Whether the chat template was put around them.
         raw: Whether answers are shown as they are, and not as Markdown.
+        variables: Names of those whose values stand in the prompts.
     """
 
     prompts: Sequence[str]
     requests: Sequence[Request]
     chat: bool = False
     raw: bool = False
+    variables: Sequence[str] = ()
 
     def settings(self) -> list[str]:
         """What the answers and their latency depend on, in a few words each."""
@@ -67,6 +70,7 @@ class Run:
             f"{ran.batching} batching, at most {ran.max_batch}",
             *([f"speculation {ran.speculative}"] if ran.speculative != "off" else []),
             *(["chat template"] if self.chat else []),
+            *([f"with the variables {', '.join(self.variables)}"] if self.variables else []),
             *_sampling(request.params, request.sampler.seed),
         ]
 
@@ -83,7 +87,12 @@ class View(Protocol):
 
 def view(shell: Any, run: Run) -> View:
     """The view that suits an IPython shell: a notebook's where it has a kernel."""
-    return NotebookView(run) if hasattr(shell, "kernel") else TerminalView(run)
+    return NotebookView(run) if in_notebook(shell) else TerminalView(run)
+
+
+def in_notebook(shell: Any) -> bool:
+    """Whether an IPython shell is a kernel's; else it is a terminal's, or there is none."""
+    return hasattr(shell, "kernel")
 
 
 def follow(run: Run, view: View) -> tuple[Generations, bool]:
@@ -287,7 +296,24 @@ def _answer(text: str, raw: bool) -> Bundle:
     if not text.strip():
         html = f'<div class="inferkit" style="{_SMALL}"><i>no text</i></div>'
         return {"text/html": html, "text/plain": text}
-    return _verbatim(text) if raw else {"text/markdown": text, "text/plain": text}
+    return _verbatim(text) if raw else {"text/markdown": _no_html(text), "text/plain": text}
+
+
+# What shows "<" as it is: fenced and indented code, code in a line, and formulas.
+_CODE = re.compile(
+    r"(^(```+|~~~+).*?(?:^\2|\Z) | ^(?:\ {4}|\t).*?$ | (`+)(?!`).*?(?<!`)\3(?!`) | \$[^$\n]+\$)",
+    re.VERBOSE | re.DOTALL | re.MULTILINE,
+)
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+
+
+def _no_html(text: str) -> str:
+    """Markdown whose tags are shown: JupyterLab would take them as HTML, and most of them out."""
+    shown, end = [], 0
+    for code in _CODE.finditer(text):
+        shown += [_TAG.sub("&lt;", text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*shown, _TAG.sub("&lt;", text[end:])])
 
 
 def _line(text: str) -> Bundle:

@@ -29,7 +29,7 @@ from IPython.core.getipython import get_ipython
 
 from inferkit.errors import OptionError
 from inferkit.notebook import assets, picture
-from inferkit.notebook.display import Bundle, show
+from inferkit.notebook.display import Bundle, in_notebook, show
 from inferkit.notebook.feed import COLUMNS, Feed, Update
 
 if TYPE_CHECKING:
@@ -119,6 +119,10 @@ class LivePlot(anywidget.AnyWidget):
         name = type(self).__name__
         if self._closed:
             print(f"This {name} was closed; ik.{name}() makes another.")
+            return
+        shell = get_ipython()
+        if shell is not None and not in_notebook(shell):
+            print(_fallback(name)["text/plain"])
             return
         self._context = contextvars.copy_context()
         _take_the_cell(self)

@@ -39,6 +39,7 @@ from inferkit.notebook.commands import (
 )
 from inferkit.notebook.sending import submit
 from inferkit.notebook.variables import interpolate
+from inferkit.notebook.words import leading
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
@@ -69,11 +70,20 @@ class InferMagics(Magics):
                 self._cell(line, cell)
 
     def _line(self, line: str) -> None:
-        words = self._words(line)
-        if not words or words[0] in HELP_FLAGS:
+        # A prompt may begin with a dash, or be "--": quoted ones are taken out before the options.
+        prompts, after = leading(line)
+        words = self._words(after if prompts else line)
+        asked = HELP_FLAGS.intersection(words if prompts else words[:1])
+        if asked or not (prompts or words):
             print(help_of(""))
+        elif prompts:
+            arguments = PROMPT.parse("", ["", *words])
+            arguments.prompt[:1] = prompts
+            self._prompt(arguments)
         elif line.lstrip().startswith(('"', "'", "-")):
-            self._prompt(PROMPT.parse("", words))
+            arguments = PROMPT.parse("", words)
+            arguments.no_variables = True  # they are in already
+            self._prompt(arguments)
         elif words[0] not in COMMANDS:
             raise UsageError(no_command(words[0], line))
         elif HELP_FLAGS.intersection(words):
@@ -89,8 +99,11 @@ class InferMagics(Magics):
                 f"%%infer takes options only, and its cell is the prompt; {words[0]!r} is neither. "
                 "A subcommand has one percent sign: %infer help"
             )
+        if HELP_FLAGS.intersection(words):
+            print(help_of(""))
+            return
         parts = (part.strip("\n") for part in _SEPARATOR.split(cell))
-        prompts = [interpolate(part, self._variables) for part in parts if part.strip()]
+        prompts = [part for part in parts if part.strip()]
         if not prompts:
             raise UsageError("The cell has no prompt: write it under the %%infer line.")
         arguments = CELL.parse("", words)
@@ -149,6 +162,8 @@ class InferMagics(Magics):
         if "name" not in arguments or arguments.name is None:
             raise UsageError('Give it a name: %infer record "nf4 against bf16"')
         options = given(arguments, ("path", "redact", "overwrite"))
+        if options.get("path") == "":
+            raise UsageError("--path is empty: name a file, or leave it out.")
         recording = ik.record(arguments.name, **options)
         experiment = recording.start()
         self._recording = recording
@@ -184,8 +199,12 @@ class InferMagics(Magics):
         model = self._model(arguments)
         chat, raw = "chat" in arguments, "raw" in arguments
         options = given(arguments, SAMPLING_OPTIONS)
-        requests = submit(model, arguments.prompt, chat, options)
-        run = display.Run(arguments.prompt, requests, chat=chat, raw=raw)
+        replaced: dict[str, None] = {}
+        prompts = arguments.prompt
+        if "no_variables" not in arguments:
+            prompts = [interpolate(prompt, self._variables, replaced) for prompt in prompts]
+        requests = submit(model, prompts, chat, options)
+        run = display.Run(prompts, requests, chat=chat, raw=raw, variables=tuple(replaced))
         with _cancelled_on_error(requests):
             view = display.view(self.shell, run)
         done, interrupted = display.follow(run, view)
@@ -205,7 +224,10 @@ class InferMagics(Magics):
         return self.shell.user_ns
 
     def _words(self, line: str) -> list[str]:
-        return [interpolate(word, self._variables) for word in split(line)]
+        words = split(line)
+        if "--no-variables" in words:
+            return words
+        return [interpolate(word, self._variables) for word in words]
 
     def _model(self, arguments: argparse.Namespace) -> Model:
         """The model that is named; else the only one, or the one used last by the magics."""

@@ -19,7 +19,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from inferkit import progress
-from inferkit.errors import InferkitError, ModelUnloadedError, PromptError
+from inferkit.errors import (
+    DoesNotFitError,
+    InferkitError,
+    ModelUnloadedError,
+    OptionError,
+    PromptError,
+)
 from inferkit.notebook import assets, form, recipe
 from inferkit.notebook.completion import loaded_models, loaded_names
 from inferkit.notebook.facts import model_facts, modes, run_summary
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
 _LOOK = 1.0  # seconds between two looks at what cells have loaded
 _DEVICES = 2.0  # seconds between two looks at the memory
 _MODES = ("quantize", "batching", "max_batch", "context")
+_TYPED = ("max_batch", "context")  # of these
 
 
 class Panel(LivePlot):
@@ -159,12 +166,13 @@ class Panel(LivePlot):
 
         Args:
             model: The model.
-            typed: The form when it was used; what was typed since then stays.
+            typed: The form when it was used; what was typed since then stays, and what it lacks.
         """
         with self._sending:
             kept = self._form if typed is None else typed
             self._filled = modes(model)
-            self._form |= {k: v for k, v in self._filled.items() if self._form[k] == kept[k]}
+            same = {k for k in self._filled if self._form[k] == kept.get(k)}
+            self._form |= {k: self._filled[k] for k in same}
             self._put("form", dict(self._form))
 
     def _find_choices(self) -> None:
@@ -207,6 +215,8 @@ class Panel(LivePlot):
             self._put("form", dict(self._form))
             left = {k: v for k, v in self._errors["sending"].items() if k not in fields}
             self._show_errors("sending", left)
+            if "ref" in fields:
+                self._put("failure", None)  # it was of another model
         self._plans.do(self._plan, "plan")
 
     def _plan(self) -> None:
@@ -221,10 +231,12 @@ class Panel(LivePlot):
             options = form.plan_options(typed)
         except FormError as error:
             errors |= error.fields
+            options = None
+        self._show_errors("form", errors)  # first, for a plan may have to ask the hub
+        if options is None:
             self._put("plan", None)
         else:
             self._show_plan(typed, options)
-        self._show_errors("form", errors)
 
     def _show_plan(self, typed: dict[str, Any], options: dict[str, Any]) -> None:
         from inferkit.memory import plan
@@ -235,8 +247,11 @@ class Panel(LivePlot):
         asked = (dict(options), loaded_names())
         if asked == self._planned and self._state.get("plan"):
             return
+        ref = options.pop("ref")
+        if self._planned is None or self._planned[0]["ref"] != ref:
+            self._put("plan", {"text": f"Looking at {ref} …", "fits": True})
         try:
-            planned = plan(options.pop("ref"), **options)
+            planned = plan(ref, **options)
             self._put("plan", {"text": f"Plan: {planned.explain()}", "fits": planned.fits})
         except InferkitError as error:
             self._put("plan", {"text": str(error), "fits": False})
@@ -280,6 +295,7 @@ class Panel(LivePlot):
         from inferkit.registry import load
 
         options = form.load_options(typed)
+        self._put("failure", None)
         if self._named_model(typed) is not None:
             return  # it is there, and what is set for it holds at once
         with self._working(f"Loading {options['ref']}"):
@@ -300,17 +316,26 @@ class Panel(LivePlot):
                 self._attach(model)
 
     def _apply(self, typed: dict[str, Any], name: str) -> None:
-        """Change the loaded model at once; of one that is not loaded only the plan changes."""
+        """Change the loaded model at once; of one that is not loaded only the plan changes.
+
+        What was typed and is refused stays, with the reason at its field; a toggle goes back.
+        """
         model = self._named_model(typed)
         if model is None or name not in _MODES:
             return
+        kept = dict(typed)
         try:
             value = form.load_options(typed).get(name)
             if value is not None and value != getattr(model, _attribute(name)):
                 self._change(model, name, value)
+        except (OptionError, DoesNotFitError) as error:
+            if name not in _TYPED:
+                raise
+            kept.pop(name)
+            raise error if isinstance(error, FormError) else FormError({name: str(error)}) from None
         finally:
             if model.loaded:
-                self._fill(model, typed)  # where it was refused, the former mode
+                self._fill(model, kept)
             self._show_model()
             self._show_devices()
 

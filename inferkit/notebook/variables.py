@@ -11,9 +11,10 @@ _STEP = r"\.[A-Za-z_]\w*|\[(?:-?\d+|\"[^\"\]]*\"|'[^'\]]*')\]"
 _FIELD = re.compile(
     r"""
     \{\{.*?\}\}                                       # doubled braces
-    | \\[A-Za-z]+\*?(?:\[[^\]]*\])?(?:\{[^{}]*\})+    # LaTeX: \frac{a}{b}
+    | \\[A-Za-z]+\*?(?:[_^]?(?:\[[^\]]*\]|\{[^{}]*\}))+  # LaTeX: \frac{a}{b}, \sum_{i}
     | (?<!\w)\w_\{[^{}]*\} | [\^$]\{[^{}]*\}          # LaTeX: x_{i}, x^{n}; a shell's ${x}
-    | \b[rR]?[fF][rR]?(?:"[^"\n]*"|'[^'\n]*')         # Python: f"{x}"
+    | \b[rR]?[fF][rR]?(?:\"{3}.*?\"{3}|'{3}.*?'{3})     # Python: a long f-string
+    | \b[rR]?[fF][rR]?(?:"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')  # Python: f"{x}"
     | \{([A-Za-z_]\w*)((?:"""
     + _STEP
     + r""")*)\}
@@ -22,11 +23,18 @@ _FIELD = re.compile(
 )
 
 
-def interpolate(text: str, namespace: Mapping[str, Any]) -> str:
+def interpolate(
+    text: str, namespace: Mapping[str, Any], replaced: dict[str, None] | None = None
+) -> str:
     """Put variables in the place of ``{name}``, ``{name.attr}``, ``{name[0]}``, ``{name["k"]}``.
 
     Nothing is evaluated. What names no variable stays as it is, and so do functions, classes and
     modules, doubled braces, f-strings, and braces of LaTeX and shells.
+
+    Args:
+        text: A prompt, or another word of a magic.
+        namespace: The variables.
+        replaced: Where the names of those that were put in are kept, in order.
     """
 
     def value(found: re.Match[str]) -> str:
@@ -35,9 +43,14 @@ def interpolate(text: str, namespace: Mapping[str, Any]) -> str:
             return found[0]
         try:
             reached = _reached(namespace[name], steps)
-            return found[0] if _is_code(reached) else str(reached)
+            if _is_code(reached):
+                return found[0]
+            written = str(reached)
         except Exception:  # of a user's object, whose lookups run any code
             return found[0]
+        if replaced is not None:
+            replaced[name] = None
+        return written
 
     return _FIELD.sub(value, text)
 

@@ -17,6 +17,18 @@ def split(text: str) -> list[str]:
     return list(lexer)
 
 
+_QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')(?=\s|$)""")
+
+
+def leading(text: str) -> tuple[list[str], str]:
+    """The quoted words that a line begins with, and the rest of the line."""
+    found, end = [], 0
+    while word := _QUOTED.match(text, end):
+        found.append(word[1] if word[1] is not None else word[2])
+        end = word.end()
+    return found, text[end:]
+
+
 def unescaped(text: str) -> str:
     r"""A stop string as it is typed: \n, \t and \\ are what they are in Python."""
     known = {"n": "\n", "t": "\t", "\\": "\\"}

@@ -9,9 +9,11 @@ from itertools import count
 
 Job = Callable[[], None]
 
+_PATIENCE = 10.0  # seconds without a job after which the thread ends
+
 
 class Worker:
-    """One daemon thread, started at the first job.
+    """One daemon thread, there while there are jobs and for a while afterwards.
 
     Args:
         name: Of the thread.
@@ -65,8 +67,8 @@ class Worker:
 
     def _next(self) -> Job | None:
         with self._news:
-            while not self._jobs:
-                if self._closed:
-                    return None
-                self._news.wait()
+            self._news.wait_for(lambda: self._jobs or self._closed, _PATIENCE)
+            if not self._jobs:
+                self._thread = None
+                return None
             return self._jobs.pop(next(iter(self._jobs)))

@@ -1,4 +1,5 @@
-// The requests: a card for each, the newest above.
+// The requests: a card for each. Those that run stand above, then those that have ended, each with
+// the newest first, and at the end those that wait, in their order.
 
 const CARDS = 100; // requests that are shown; others are counted
 
@@ -8,13 +9,12 @@ function createCards(store, stopIt, button) {
   const others = h("div", { class: "ik-faint", hidden: true });
   const element = h("section", { class: "ik-requests", "aria-label": "Requests" });
 
-  // Those that run, then those that wait, then those that ended last.
   function visible() {
-    const all = [...store.requests.values()];
-    const ended = all.filter(({ status }) => OVER.has(status)).reverse();
-    const picked = all.filter(({ status }) => status === "running");
-    picked.push(...all.filter(({ status }) => status === "waiting"), ...ended);
-    return picked.slice(0, CARDS).map((each) => each.number).sort((a, b) => b - a);
+    const all = [...store.requests.values()].reverse();
+    const running = all.filter(({ status }) => status === "running");
+    const ended = all.filter(({ status }) => OVER.has(status));
+    const waiting = all.filter(({ status }) => status === "waiting").reverse();
+    return [...running, ...ended, ...waiting].slice(0, CARDS).map((each) => each.number);
   }
 
   function draw() {
@@ -26,14 +26,12 @@ function createCards(store, stopIt, button) {
     }
     let before = null;
     for (const number of numbers) {
-      if (!cards.has(number)) {
-        const card = createCard(number, stopIt, button);
-        cards.set(number, card);
-        if (before) before.after(card.element);
-        else element.prepend(card.element);
-      }
-      cards.get(number).draw(store.requests.get(number));
-      before = cards.get(number).element;
+      if (!cards.has(number)) cards.set(number, createCard(number, stopIt, button));
+      const card = cards.get(number);
+      const place = before ? before.nextSibling : element.firstChild;
+      if (card.element !== place) element.insertBefore(card.element, place);
+      card.draw(store.requests.get(number));
+      before = card.element;
     }
     const more = store.requests.size - numbers.length;
     others.hidden = more === 0;

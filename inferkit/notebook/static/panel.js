@@ -354,7 +354,8 @@ function createPanel(store, root) {
   function keyPressed(event) {
     if (event.isComposing) return false;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
-      if (isOn(send) && !event.repeat) act("send", { how: "one" });
+      // Without a model too: the kernel says what is missing.
+      if (!event.repeat) act("send", { how: "one" });
       return true;
     }
     // In a box with a list Esc closes the list.
