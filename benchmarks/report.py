@@ -24,6 +24,7 @@ def markdown(results: dict[str, Any]) -> str:
         "plan": _plan,
         "modes": _modes,
         "compiled": _compiled,
+        "speculation": _speculation,
         "panel": _panel,
         "imports": _imports,
     }
@@ -321,6 +322,33 @@ def _compiled(results: dict[str, Any]) -> Iterator[str]:
     yield (
         f"\nThe limit, every weight read once: {found['limit_ms']:.2f} ms. From `ik.load` to the "
         f"compiled step: {found['compile_s']:.1f} s; {found['kept_s']:.1f} s with the code kept."
+    )
+
+
+def _speculation(results: dict[str, Any]) -> Iterator[str]:
+    found = results["speculation"]
+    yield f"### Prompt lookup, TPOT in ms ({found[0]['rounds']} rounds)\n"
+    rows = [
+        (
+            f"{case['mode']}, {case['dtype']}",
+            case["text"],
+            row["batch"],
+            _spread(off["step_ms"], 1),
+            _spread(row["step_ms"], 1),
+            _spread(row["ratio"], 2),
+            "-" if row["accepted"] is None else f"{row['accepted']:.0%}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['same']} of {row['batch']}",
+        )
+        for case in found
+        for off, row in zip(case["rows"][::2], case["rows"][1::2], strict=True)
+    ]
+    yield from _table(
+        (
+            *("precision", "the text", "batch", "off", "ngram", "ngram / off"),
+            *("guesses accepted", "tokens a pass", "the same tokens"),
+        ),
+        rows,
     )
 
 

@@ -27,7 +27,20 @@ import report
 import speed
 from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
 
-PARTS = ("speed", "overhead", "memory", "plan", "modes", "compiled", "panel", "imports")
+PARTS = (
+    "speed",
+    "overhead",
+    "memory",
+    "plan",
+    "modes",
+    "compiled",
+    "speculation",
+    "panel",
+    "imports",
+)
+
+
+_SPECULATED = (1, 4)  # where a pass over several tokens of each row may pay
 
 
 def main() -> None:
@@ -56,6 +69,9 @@ def main() -> None:
         "plan": lambda: _plan(asked, model),
         "modes": lambda: in_fresh_process("modes.py", **steps),
         "compiled": lambda: in_fresh_process("compiled.py", **steps, device=asked.device),
+        "speculation": lambda: in_fresh_process(
+            "speculation.py", **steps | {"batches": _SPECULATED}, device=asked.device
+        ),
         "panel": lambda: in_fresh_process(
             "panel.py",
             path=str(model),

@@ -63,6 +63,13 @@ WATCH = """async number => {
   return seen;
 }"""
 
+COUNT_REDRAWS = """() => {
+  window.redraws = 0;
+  window.since = performance.now();
+  document.addEventListener('inferkit-drawn', () => window.redraws++);
+}"""
+REDRAWS = "() => [window.redraws, (performance.now() - window.since) / 1000]"
+
 # Presses Cancel as soon as there is one.
 PRESS_CANCEL = """() => {
   const look = new MutationObserver(() => {
@@ -136,9 +143,8 @@ class PanelView:
 
     def newest(self) -> int:
         """The number of the newest request; 0 where there is none."""
-        if not self.cards.count():
-            return 0
-        return int(self.cards.first.locator(".ik-title").inner_text().removeprefix("#"))
+        titles = self.cards.locator(".ik-title").all_inner_texts()
+        return max((int(title.removeprefix("#")) for title in titles), default=0)
 
     def sent(self, send: Callable[[], object], count: int = 1) -> list[Card]:
         """The cards that appear when something is sent, in the order of sending."""
@@ -369,8 +375,11 @@ def test_cancel_ends_a_load_and_leaves_no_model(empty: PanelView) -> None:
 def test_text_and_plot_grow_while_tokens_come(panel: PanelView) -> None:
     panel.mode("All").click()
     panel.fill({"Prompt": ONCE, "Max tokens": "80", "Ignore end token": True})
+    panel.tab.page.evaluate(COUNT_REDRAWS)
     [card] = panel.sent(panel.press_send)
     seen = panel.tab.page.evaluate(WATCH, panel.newest())
+    redraws, seconds = panel.tab.page.evaluate(REDRAWS)
+    assert 5 < redraws <= 10 * seconds + 3
     lengths, dots = ([*column] for column in zip(*seen))
     assert lengths == sorted(lengths)
     assert dots == sorted(dots)
@@ -393,6 +402,26 @@ def test_eight_copies_run_at_once(panel: PanelView) -> None:
     assert len({card.text for card in cards}) == 1
     expect(panel.now).to_contain_text("0 running, 0 waiting")
     expect(panel.root.locator(".ik-summary")).to_contain_text("8 requests")
+
+
+def test_those_that_run_stand_above_those_that_wait(panel: PanelView) -> None:
+    panel.fill({"Max batch": "2"})
+    panel.input("Max batch").press("Tab")
+    expect(panel.about).to_contain_text("at most 2")
+    panel.fill({"Prompt": ONCE, "Copies": "6", **LONG})
+    cards = panel.sent(panel.button("Send copies").click, 6)
+    cards[0].wait_for_text()
+    states = panel.cards.locator(".ik-state").all_inner_texts()
+    assert states[:2] == ["running", "running"]
+    assert states[-4:] == ["waiting"] * 4
+    panel.button("Stop").click()
+    for card in cards:
+        card.wait_for_end("cancelled")
+    newest = panel.cards.locator(".ik-title").all_inner_texts()[:6]
+    assert newest == [f"#{panel.newest() - i}" for i in range(6)]
+    panel.fill({"Max batch": "16"})
+    panel.input("Max batch").press("Tab")
+    expect(panel.about).to_contain_text("at most 16")
 
 
 def test_each_line_is_sent_as_a_prompt(panel: PanelView) -> None:
@@ -446,6 +475,28 @@ def test_prompts_are_sent_and_stopped_while_a_cell_runs(panel: PanelView, lab: L
     assert panel.tab.output(BUSY).strip() == "busy"
     (lab.folder / "go-on").touch()
     panel.tab.wait_for_output(BUSY, "over")
+
+
+def test_a_model_is_loaded_by_a_click_while_a_cell_runs(empty: PanelView, lab: Lab) -> None:
+    (lab.folder / "go-on").unlink(missing_ok=True)
+    empty.tab.run(BUSY)
+    empty.tab.wait_for_output(BUSY, "busy")
+    expect(empty.root.locator(".ik-plan")).to_have_text(PLAN)
+    empty.press_send()
+    expect(empty.wrong("Prompt")).to_have_text("Load a model first.")
+    empty.load()
+    assert empty.tab.output(BUSY).strip() == "busy"
+    (lab.folder / "go-on").touch()
+    empty.tab.wait_for_output(BUSY, "over")
+
+
+def test_an_interrupt_of_the_kernel_ends_a_prompt_of_the_magic(panel: PanelView) -> None:
+    [card] = panel.sent(lambda: panel.tab.run(MAGIC))
+    card.wait_for_text()
+    panel.tab.stop()
+    card.wait_for_end("cancelled")
+    shown = panel.tab.wait_for_output(MAGIC, "Interrupted")
+    assert card.text.strip()[:20] in shown
 
 
 def test_stop_ends_the_generation_of_a_cell(panel: PanelView) -> None:
