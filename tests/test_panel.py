@@ -352,7 +352,8 @@ def test_an_empty_field_is_the_default(blank: str | None) -> None:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     form = typed(**dict.fromkeys((*names, "seed", "stop"), blank))
     assert sampling_options(form) == {}
-    form = typed(device=blank, quantize=blank, batching=blank, max_batch=blank, context=blank)
+    modes = ("device", "quantize", "batching", "speculative", "max_batch", "context")
+    form = typed(**dict.fromkeys(modes, blank))
     assert load_options(form) == {"ref": "demo"}
 
 
@@ -1109,6 +1110,19 @@ def test_modes_of_the_model_change_at_once(browse: Callable[..., Browser], own: 
     browser.pick(context="128")  # as it is
     browser.settle()
     assert len(browser.were("work")) == before
+
+
+def test_guessing_is_switched_on_by_a_toggle_and_off_by_a_cell(
+    browse: Callable[..., Browser], own: ik.Model
+) -> None:
+    browser = browse(own)
+    browser.pick(speculative="ngram")
+    browser.settle()
+    assert own.speculative == "ngram"
+    assert browser.parts["model"]["speculative"] == "ngram"
+    assert 'speculative="ngram"' in browser.parts["code"]
+    own.configure(speculative="off")
+    browser.wait("form", lambda form: form["speculative"] == "off")
 
 
 def test_the_precision_changes_with_progress(browse: Callable[..., Browser], own: ik.Model) -> None:

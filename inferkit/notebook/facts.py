@@ -39,6 +39,7 @@ def modes(model: Model) -> dict[str, Any]:
         "device": model.device if len(model.devices) == 1 else "auto",
         "quantize": "none" if model.plan.format.stored else model.quantization,
         "batching": model.batching,
+        "speculative": model.speculative,
         "max_batch": str(model.max_batch),
         "context": str(model.context),
     }

@@ -20,6 +20,7 @@ EMPTY: dict[str, Any] = {
     "device": "auto",
     "quantize": "none",
     "batching": "continuous",
+    "speculative": "off",
     "max_batch": "16",
     "context": "",
     "prompt": "",
@@ -45,6 +46,7 @@ _NUMBERS: dict[str, type] = {
     "min_p": float,
     "repetition_penalty": float,
 }
+_NOT_PLANNED = ("batching", "speculative")  # no memory depends on them
 _MOST_PROMPTS = 1000
 _LONGEST = 18  # characters of a whole number
 
@@ -94,7 +96,8 @@ def load_options(form: Form) -> dict[str, Any]:
         FormError: A field is empty that must not be, or no number.
     """
     reading = _Reading(form)
-    options = {name: reading.text(name) for name in ("ref", "device", "quantize", "batching")}
+    names = ("ref", "device", "quantize", "batching", "speculative")
+    options: dict[str, Any] = {name: reading.text(name) for name in names}
     if not options["ref"]:
         reading.wrong["ref"] = "Name a model: demo, a hub id, a folder or a .gguf file."
     for name, example in (("max_batch", 16), ("context", 4096)):
@@ -107,7 +110,8 @@ def load_options(form: Form) -> dict[str, Any]:
 
 def plan_options(form: Form) -> dict[str, Any]:
     """The options of `inferkit.plan`, ``ref`` among them; errors as for `load_options`."""
-    return {name: value for name, value in load_options(form).items() if name != "batching"}
+    options = load_options(form)
+    return {name: value for name, value in options.items() if name not in _NOT_PLANNED}
 
 
 def sampling_options(form: Form) -> dict[str, Any]:

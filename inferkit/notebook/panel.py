@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 _LOOK = 1.0  # seconds between two looks at what cells have loaded
 _DEVICES = 2.0  # seconds between two looks at the memory
-_MODES = ("quantize", "batching", "max_batch", "context")
+_MODES = ("quantize", "batching", "speculative", "max_batch", "context")
 _TYPED = ("max_batch", "context")  # of these
+_AT_ONCE = ("batching", "speculative")  # the others wait for requests that run
 
 
 class Panel(LivePlot):
@@ -341,7 +342,7 @@ class Panel(LivePlot):
 
     def _change(self, model: Model, name: str, value: Any) -> None:
         what = f"{_spelled(name)} {value}"
-        if name != "batching" and (running := model.running):
+        if name not in _AT_ONCE and (running := model.running):
             plural = "s" if running > 1 else ""
             what += f": waits for {running} running request{plural} (Stop ends them)"
         with self._working(what, cancel=name == "quantize"):
@@ -418,7 +419,7 @@ def _attribute(name: str) -> str:
 
 
 def _spelled(name: str) -> str:
-    return {"quantize": "Changing to", "batching": "Batching"}.get(
+    return {"quantize": "Changing to", "batching": "Batching", "speculative": "Speculation"}.get(
         name, f"Changing {name.replace('_', ' ')} to"
     )
 

@@ -141,6 +141,8 @@ function createPanel(store, root) {
       toggle("quantize", "Precision", ["none", "int8", "nf4", "fp4", "int8wo", "int4wo"],
         "How weights are kept: bitsandbytes' modes, and weight-only ones for a CPU"),
       toggle("batching", "Batching", ["continuous", "static", "off"], "When a waiting request may start"),
+      toggle("speculative", "Speculation", ["off", "ngram"],
+        "Guess next tokens by what followed the same ones before, and check several in one pass"),
       setting("max_batch", "Max batch", "Most requests that run at once"),
       setting("context", "Context", "Most tokens of prompt and output together")),
     plan, work, failure, h("div", { class: "ik-about" }, facts, which, fallback), devices);
