@@ -62,7 +62,7 @@ RUN_OPTIONS: Options = {
         "metavar": "WHEN",
         "help": "the decode step: auto, true or false",
     },
-    "speculative": {"metavar": "WAY", "help": "guess next tokens: off or ngram"},
+    "speculative": {"metavar": "WAY", "help": "guess next tokens: off, ngram or draft:NAME"},
     "force": {"action": "store_true", "help": "load although the plan says no"},
 }
 """What only `inferkit.load` takes."""

@@ -19,7 +19,7 @@ from inferkit import memory
 from inferkit.catalog import Source
 from inferkit.engine.compiling import Compilation, Compile, check_compile
 from inferkit.engine.engine import Engine
-from inferkit.engine.lookup import Speculative, check_speculative
+from inferkit.engine.guesses import DRAFT, Guesser, Lookups, check_speculative
 from inferkit.engine.request import Request, forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import ModelUnloadedError, OptionError, PromptError
@@ -62,6 +62,7 @@ class Model:
         source: Source,
         resident: Resident,
         promised: Callable[[Model], int],
+        named: Callable[[str], Model],
     ) -> None:
         identity = resident.identity
         self.name = resident.name
@@ -75,6 +76,7 @@ class Model:
         self.plan = resident.plan
         self._resident: Resident | None = resident
         self._promised = promised
+        self._named = named
         self._gone = f"was unloaded; ik.load({self.ref!r}) loads it again."
         self._ends = threading.Lock()
         self._change = threading.RLock()
@@ -114,9 +116,9 @@ class Model:
         return self._engine.batching
 
     @property
-    def speculative(self) -> Speculative:
-        """How next tokens are guessed: "ngram", or "off"."""
-        return self._engine.speculative
+    def speculative(self) -> str:
+        """How next tokens are guessed: "ngram", "draft:NAME", or "off"."""
+        return self._parts.speculative
 
     @property
     def max_batch(self) -> int:
@@ -296,7 +298,7 @@ class Model:
         max_batch: int | None = None,
         context: int | None = None,
         compile: Compile | None = None,
-        speculative: Speculative | None = None,
+        speculative: str | None = None,
         **unknown: Any,
     ) -> Model:
         """Change how requests are batched; what is not given stays.
@@ -311,9 +313,12 @@ class Model:
         in prompt and output, and checks up to eight guesses in one pass (prompt lookup decoding).
         Every token is chosen as it would have been, drawn ones too, but that a wider pass may round
         otherwise. Texts that quote or repeat come sooner; ``gen.latency.acceptance_rate`` tells how
-        often the guesses were right. It is off unless asked for, for where the processor is busy
-        with one token already, a pass over several takes longer than it saves. Requests with a
+        often the guesses were right. It is off unless asked for: where the processor is busy with
+        one token already, a pass over several takes longer than it saves. Requests with a
         repetition penalty, and models that run one request at a time, guess nothing.
+        ``speculative="draft:NAME"`` has the loaded model NAME guess: a smaller one with the same
+        vocabulary, over a KV cache of its own that is in no plan. While that one serves requests
+        itself, and once it is unloaded, nothing is guessed.
 
         Raises:
             OptionError: An unknown option or policy, a batch below 1, or a context that the model
@@ -340,9 +345,16 @@ class Model:
                 self._parts.set_compile(compile)
         if batching is not None:
             self._engine.set_batching(batching)
-        if speculative is not None:
-            self._engine.speculative = speculative
+        if speculative is not None and speculative != self.speculative:
+            self._engine.guesser = self._guesser(speculative)
         return self
+
+    def _guesser(self, speculative: str) -> Guesser | None:
+        if speculative == "off":
+            return None
+        if speculative == "ngram":
+            return Lookups()
+        return self._parts.guess_with(self._named(speculative.removeprefix(DRAFT))._parts)
 
     def quantize(
         self,
@@ -627,7 +639,7 @@ class Model:
             ("batching", batching),
             ("context", str(engine.context)),
             ("decode step", str(resident.compilation)),
-            *([("speculation", engine.speculative)] if engine.speculative != "off" else []),
+            *([("speculation", resident.speculative)] if resident.speculative != "off" else []),
             ("weights", format_bytes(self.plan.weights)),
             ("KV cache", format_bytes(self.plan.kv_cache)),
             ("requests", f"{engine.running} running, {engine.waiting} waiting"),

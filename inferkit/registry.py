@@ -16,7 +16,7 @@ from typing import Any
 from inferkit import catalog, memory
 from inferkit.devices import resolve_device, resolve_dtype
 from inferkit.engine.compiling import Compile, check_compile
-from inferkit.engine.lookup import Speculative, check_speculative
+from inferkit.engine.guesses import DRAFT, check_speculative
 from inferkit.engine.request import forked
 from inferkit.engine.scheduler import Batching, check_batching
 from inferkit.errors import OptionError
@@ -95,7 +95,7 @@ def load(
     prefix_reuse: bool = True,
     prefill_chunk: int = PREFILL_CHUNK,
     compile: Compile = "auto",
-    speculative: Speculative = "off",
+    speculative: str = "off",
     double_quant: bool = False,
     compute_dtype: Any = "auto",
     progress: Progress = True,
@@ -135,7 +135,8 @@ def load(
             is kept for later loads. "auto" does so where it pays; see ``model.compilation``.
         speculative: "ngram" guesses the next tokens by what followed the same ones before in prompt
             and output, and checks the guesses in one pass: the same text, sooner where it quotes
-            or repeats itself. "off" guesses nothing. See `Model.configure`.
+            or repeats itself. "draft:NAME" has a loaded model guess, a smaller one of the same
+            vocabulary. "off" guesses nothing. See `Model.configure`.
         double_quant: Quantize the scales of a 4-bit mode again: see `Model.quantize`.
         compute_dtype: The dtype that 4-bit weights are unpacked to for each matmul; "auto" is that
             of the model.
@@ -156,6 +157,8 @@ def load(
     check_batching(batching, max_batch)
     check_compile(compile)
     check_speculative(speculative)
+    if speculative.startswith(DRAFT):
+        _named(speculative.removeprefix(DRAFT))  # before a weight is read
     asked = asked_format(quantize, double_quant, compute_dtype)
     memory.check_whole("prefill_chunk", prefill_chunk)
     _check_name(name)
@@ -194,7 +197,7 @@ def load(
                 progress=progress,
             )
             old._engine.set_batching(batching)
-            old._engine.speculative = speculative
+            old.configure(speculative=speculative)
             if compile != old._parts.compile:
                 old.configure(compile=compile)
             return old
@@ -223,10 +226,14 @@ def load(
             identity,
             batching=batching,
             compile=compile,
-            speculative=speculative,
             progress=progress,
         )
-        model = Model(source, resident, _promised)
+        model = Model(source, resident, _promised, _named)
+        try:
+            model.configure(speculative=speculative)
+        except BaseException:
+            resident.release()
+            raise
         _table.pop(name, None)  # so that the table is in the order of loading
         _table[name] = model
         if old is not None:
@@ -235,6 +242,19 @@ def load(
             listener(model)
         status.follow(model)
         return model
+
+
+def _named(name: str) -> Model:
+    """A loaded model by its name.
+
+    Raises:
+        OptionError: There is none of that name.
+    """
+    model = _table.get(name)
+    if model is None or not model.loaded:
+        loaded = ", ".join(repr(m.name) for m in _table.values() if m.loaded) or "none"
+        raise OptionError(f"No model {name!r} is loaded to guess next tokens; loaded: {loaded}.")
+    return model
 
 
 _REPLACED = (

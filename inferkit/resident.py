@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from inferkit.catalog import Source
 from inferkit.engine.compiling import Compilation, Compile
 from inferkit.engine.detokenize import Detokenizer
+from inferkit.engine.drafts import Drafts
 from inferkit.engine.engine import Engine
-from inferkit.engine.lookup import Speculative
 from inferkit.engine.request import Request
 from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.scheduler import Batching
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import make_runner
-from inferkit.errors import GenerationError, LoadError
+from inferkit.errors import GenerationError, LoadError, OptionError
 from inferkit.footprint import WeightFormat
 from inferkit.generation import Settings
 from inferkit.loading import (
@@ -71,7 +71,6 @@ class Resident:
         loaded: Weights and tokenizer.
         batching: The policy to begin with.
         compile: Whether to compile the decode step: see `Compilation`.
-        speculative: Whether next tokens are guessed, to begin with.
 
     Attributes:
         engine: The thread that works with the weights.
@@ -90,7 +89,6 @@ class Resident:
         loaded: Loaded,
         batching: Batching,
         compile: Compile,
-        speculative: Speculative,
     ) -> None:
         self.name = name
         self.source = source
@@ -110,7 +108,6 @@ class Resident:
             settings=self._settings,
             name=name,
         )
-        self.engine.speculative = speculative
         self.compile = compile
         try:
             self.compilation = Compilation(self.engine.runner, compile)
@@ -122,6 +119,35 @@ class Resident:
     def nbytes(self) -> int:
         """Bytes of the weights and of the KV cache, as measured on the tensors."""
         return weight_bytes(self.loaded) + self.engine.runner.nbytes
+
+    @property
+    def speculative(self) -> str:
+        """How next tokens are guessed: "ngram", "draft:NAME", or "off"."""
+        guesser = self.engine.guesser
+        return "off" if guesser is None else guesser.name
+
+    def guess_with(self, draft: Resident) -> Drafts:
+        """A loaded model as the one that guesses next tokens of this one.
+
+        Raises:
+            OptionError: It is this one, has another vocabulary, or one of the two cannot batch.
+        """
+        if draft is self:
+            raise OptionError(f"{self.name!r} cannot guess for itself: name another loaded model.")
+        for resident in (self, draft):
+            if resident.fallback is not None:
+                raise OptionError(
+                    f"{resident.name!r} runs one request at a time ({resident.fallback}), and "
+                    "guesses are checked in batches."
+                )
+        own, its = self.loaded.tokenizer, draft.loaded.tokenizer
+        if own.get_vocab() != its.get_vocab():
+            raise OptionError(
+                f"{draft.name!r} has another vocabulary than {self.name!r}, so that its tokens "
+                "mean something else: choose a smaller model of the same family."
+            )
+        rows = self.loaded.module.get_input_embeddings().weight.shape[0]
+        return Drafts(draft.name, draft.engine, self.engine, int(rows))
 
     @property
     def fallback(self) -> str | None:
@@ -260,7 +286,7 @@ class Resident:
             quantization=str(self.plan.format),
             batching="off" if alone else self.engine.batching,
             max_batch=1 if alone else self.engine.max_batch,
-            speculative="off" if alone else self.engine.speculative,
+            speculative="off" if alone else self.speculative,
         )
 
 
@@ -273,7 +299,6 @@ def take_in(
     *,
     batching: Batching,
     compile: Compile,
-    speculative: Speculative,
     progress: Progress,
 ) -> Resident:
     """Read a model's weights and start its engine; what stops it on the way is released.
@@ -285,9 +310,7 @@ def take_in(
         source, plan, trust_remote_code=identity.trust_remote_code, progress=progress
     )
     try:
-        return Resident(
-            name, source, config, plan, identity, loaded, batching, compile, speculative
-        )
+        return Resident(name, source, config, plan, identity, loaded, batching, compile)
     except BaseException as error:
         release(loaded)
         problem = failure(error, source, plan)

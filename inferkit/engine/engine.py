@@ -20,7 +20,7 @@ from itertools import takewhile
 from typing import Any
 
 from inferkit.devices import trim_heap
-from inferkit.engine.lookup import Speculative
+from inferkit.engine.guesses import Guesser
 from inferkit.engine.openmp import release_team
 from inferkit.engine.request import Request, forked
 from inferkit.engine.runner import SlottedRunner
@@ -94,6 +94,8 @@ class Engine:
 
     Attributes:
         steps: The last steps, for timelines.
+        at_rest: Held by the engine's thread while it works with the weights. Who else would use
+            them takes it for that time, and must not wait for it.
         on_submit: Called with requests as they are queued, in the thread that submits them; they
             must neither wait nor fail.
     """
@@ -113,6 +115,7 @@ class Engine:
         self.runner = runner
         self.steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
         self.on_submit: list[Callable[[Sequence[Request]], None]] = []
+        self.at_rest = threading.Lock()
         self._name = name
         self._scheduler = Scheduler(batching, max_batch, runner.prefill_chunk)
         self._stepper = Stepper(
@@ -175,14 +178,15 @@ class Engine:
         return self._stepper.context
 
     @property
-    def speculative(self) -> Speculative:
-        """Whether next tokens are guessed; what is set holds from the next step on."""
-        return self._stepper.speculative
+    def guesser(self) -> Guesser | None:
+        """Who guesses next tokens; what is set holds from the next step on."""
+        found = self._stepper.guesser
+        return found if found is not None and found.alive else None
 
-    @speculative.setter
-    def speculative(self, speculative: Speculative) -> None:
+    @guesser.setter
+    def guesser(self, guesser: Guesser | None) -> None:
         self._check_process()
-        self._stepper.speculative = speculative
+        self._stepper.guesser = guesser
 
     @property
     def on_finish(self) -> list[Callable[[Request], None]]:
@@ -362,7 +366,8 @@ class Engine:
         problem = None
         try:
             while self._wait_for_work():
-                self._turn()
+                with self.at_rest:
+                    self._turn()
         except BaseException as error:  # whoever waits for this thread must hear of it
             problem = GenerationError(
                 f"The engine of {self._name!r} has stopped ({type(error).__name__}: {error}). "
@@ -370,7 +375,8 @@ class Engine:
             )
             problem.add_note(traceback.format_exc())
             _log.exception("The engine of %r has stopped.", self._name)
-        self._end(problem)
+        with self.at_rest:
+            self._end(problem)
 
     def _turn(self) -> None:
         self._stepper.drop_cancelled()

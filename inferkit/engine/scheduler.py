@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, get_args
 
-from inferkit.engine.lookup import Lookup
 from inferkit.engine.request import Request
 from inferkit.errors import OptionError
 
@@ -38,7 +37,6 @@ class Entry:
         computed: How many of its tokens have their keys and values in the cache.
         written: Up to which position its row was ever written, padding included.
         tokens: Prompt and output.
-        lookup: What guesses its next tokens, once some were to be guessed.
     """
 
     request: Request
@@ -46,7 +44,6 @@ class Entry:
     computed: int = 0
     written: int = 0
     tokens: list[int] = field(default_factory=list)
-    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_token_ids)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from inferkit.devices import out_of_memory
-from inferkit.engine.lookup import MOST, Lookup, Speculative
+from inferkit.engine.guesses import MOST, Guesser
 from inferkit.engine.request import Request
 from inferkit.engine.runner import Chunk, SlottedRunner
 from inferkit.engine.scheduler import Entry, Scheduler
@@ -81,7 +81,7 @@ class Stepper:
 
     Attributes:
         context: Most tokens of prompt and output together.
-        speculative: Whether next tokens are guessed, and the guesses checked in one pass.
+        guesser: Who guesses next tokens, which one pass checks; None where nobody does.
         on_finish: Called with each request that has ended.
         broken: Why nothing can run any more, if that is so.
     """
@@ -99,7 +99,7 @@ class Stepper:
     ) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.speculative: Speculative = "off"
+        self.guesser: Guesser | None = None
         self.on_finish: list[Callable[[Request], None]] = []
         self.broken: InferkitError | None = None
         self._end_ids = end_ids
@@ -284,22 +284,27 @@ class Stepper:
 
     def _guesses(self, entries: Sequence[Entry]) -> list[list[int]]:
         """What may come next of each entry, where that is to be guessed."""
-        if self.speculative == "off":
+        guesser = self.guesser  # another thread may replace it meanwhile
+        if guesser is None:
             return [[] for _ in entries]
         # All rows of a pass are as wide as the widest, which must end within the context; and in
         # the ring of a window what is written in vain must have left the window (see `cache`).
         room = min(self.context - max(e.computed for e in entries), self.runner.prefill_chunk)
         room = min(room, _VERIFIED // len(entries), MOST + 1) - 1
-        guesses = []
-        for entry in entries:
-            if entry.lookup is None:
-                entry.lookup = Lookup()
-            request = entry.request
-            left = request.params.max_tokens - request.generated - 1
+        rooms = []
+        for request in (entry.request for entry in entries):
+            # A penalty depends on the tokens before, which are not known when guesses are checked.
             guessable = request.params.repetition_penalty == 1.0
-            most = min(room, left) if guessable else 0
-            guesses.append(entry.lookup.guess(entry.tokens, most))
-        return guesses
+            left = request.params.max_tokens - request.generated - 1
+            rooms.append(min(room, left) if guessable else 0)
+        if max(rooms) < 1:
+            return [[] for _ in entries]
+        guesses, problem = _attempt(guesser.guess, entries, rooms)
+        if problem is not None:  # a draft's: the text does not depend on it
+            self.guesser = None
+            _log.warning("Next tokens are no longer guessed: %s", problem)
+            return [[] for _ in entries]
+        return list(guesses)
 
     def _run_verify(
         self, entries: Sequence[Entry], guesses: Sequence[Sequence[int]]
@@ -334,8 +339,8 @@ class Stepper:
             right = _agreed(tokens, guess)
             entry.request.sampler.take_back(len(guess) - right)
             if guess:
-                assert entry.lookup is not None
-                entry.lookup.learn(len(guess), right)
+                if self.guesser is not None:
+                    self.guesser.learn(entry, len(guess), right)
                 entry.request.speculated(len(guess), right)
             found.append(tokens[: right + 1])
         return found

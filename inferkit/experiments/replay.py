@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from inferkit import catalog, registry
 from inferkit.devices import attached_names
+from inferkit.engine.guesses import DRAFT
 from inferkit.errors import ExperimentError, InferkitError, OptionError
 from inferkit.experiments.difference import Difference, first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
@@ -444,7 +445,7 @@ class _Run:
             prefix_reuse=entry.prefix_reuse,
             prefill_chunk=entry.prefill_chunk or PREFILL_CHUNK,
             compile=False,
-            speculative=mode.speculative,  # type: ignore[arg-type]
+            speculative=self._guessing(mode),
             progress=self._progress,
         )
         try:
@@ -573,8 +574,17 @@ class _Run:
             batching=mode.batching,  # type: ignore[arg-type]
             max_batch=mode.max_batch,
             context=mode.context,
-            speculative=mode.speculative,  # type: ignore[arg-type]
+            speculative=self._guessing(mode),
         )
+
+    def _guessing(self, mode: ModeEntry) -> str:
+        """How next tokens are guessed here: a draft model is not loaded, for no token needs it."""
+        if not mode.speculative.startswith(DRAFT):
+            return mode.speculative
+        note = f"next tokens were guessed by {mode.speculative.removeprefix(DRAFT)!r}, not so here"
+        if note not in self.notes:
+            self.notes.append(note)
+        return "off"
 
     def _compile(self, model: Model, wanted: bool) -> None:
         """Have the decode step run as it did, and not change on the way."""

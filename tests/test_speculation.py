@@ -1,4 +1,4 @@
-"""Speculative decoding by prompt lookup: what is guessed, and that the text stays the same."""
+"""Speculative decoding: what is guessed, and that the text stays the same."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import inferkit as ik
-from inferkit.engine.lookup import MOST, Lookup
+from inferkit.engine.guesses import MOST, Lookup, Pace
 
 # -- guessing -------------------------------------------------------------------------------------
 
@@ -34,11 +35,8 @@ def test_nothing_is_guessed_of_a_text_without_repetition(text):
 
 
 def test_a_short_repetition_goes_on_as_long_as_there_is_room():
-    lookup = Lookup()
-    for _ in range(3):
-        lookup.learn(2, 2)
     text = [4, 5] * 6
-    assert lookup.guess(text, MOST) == [4, 5] * (MOST // 2)
+    assert Lookup().guess(text, MOST) == [4, 5] * (MOST // 2)
 
 
 def test_tokens_that_come_later_are_taken_in():
@@ -49,23 +47,22 @@ def test_tokens_that_come_later_are_taken_in():
 
 
 def test_right_guesses_become_longer_and_wrong_ones_rarer():
-    lookup, text = Lookup(), [1, 2] * 20
-    lengths = []
+    pace, lengths = Pace(), []
     for _ in range(4):
-        lengths.append(len(lookup.guess(text, 100)))
-        lookup.learn(lengths[-1], lengths[-1])
+        lengths.append(pace.next())
+        pace.learn(lengths[-1], lengths[-1])
     assert lengths == [2, 4, 8, MOST]
-    lookup.learn(8, 3)
-    assert len(lookup.guess(text, 100)) == 3
+    pace.learn(8, 3)
+    assert pace.next() == 3
     waits = []
     for _ in range(8):
-        lookup.learn(1, 0)
+        pace.learn(1, 0)
         waits.append(0)
-        while not lookup.guess(text, 100):
+        while not pace.next():
             waits[-1] += 1
     assert waits == [1, 2, 4, 8, 16, 32, 32, 32]
-    lookup.learn(1, 1)
-    assert lookup.guess(text, 100)
+    pace.learn(1, 1)
+    assert pace.next()
 
 
 # -- on the demo model ----------------------------------------------------------------------------
@@ -159,6 +156,114 @@ def test_a_recording_keeps_the_guesses_and_its_replay_makes_them_again(model, tm
     assert replayed.outcomes[0].measured.latency.acceptance_rate == gen.latency.acceptance_rate
     assert model.speculative == "off"
     assert exp.generations[0].token_ids == gen.token_ids
+
+
+# -- a draft model --------------------------------------------------------------------------------
+
+SMALL = {"device": "cpu", "dtype": "float32", "progress": False, "context": 96, "max_batch": 3}
+IDS = [[5, 6, 7, 8] * 6, [9, 3, 1], list(range(3, 43))]
+
+
+@pytest.fixture
+def pair(tiny_model: Callable[[str], Path]) -> Iterator[tuple[ik.Model, ik.Model]]:
+    """A model, and the same once more to guess its tokens: all guesses are right."""
+    with (
+        ik.load(tiny_model("gemma3"), name="served", prefill_chunk=16, **SMALL) as served,
+        ik.load(tiny_model("gemma3"), name="small", **SMALL) as draft,
+    ):
+        yield served, draft
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": [1, 2, 3]}])
+def test_the_text_is_the_same_with_a_draft(pair, options):
+    served, _ = pair
+    options = {"max_tokens": 30, "ignore_eos": True, **options}
+    wanted = served.generate(IDS, **options)
+    served.configure(speculative="draft:small")
+    for _ in range(2):
+        got = served.generate(IDS, **options)
+        assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+    rate = got.summary().acceptance_rate
+    assert rate == 1 if "seed" not in options else 0 < rate < 1
+    assert got[0].settings.speculative == "draft:small"
+    if rate == 1:
+        assert all(len(g.latency.itl) <= 7 for g in got)  # 2, 4 and then 8 guesses, and one more
+
+
+def test_a_draft_that_is_often_wrong_changes_nothing(tiny_model, pair):
+    served, draft = pair
+    weights = draft._parts.loaded.module.get_output_embeddings().weight
+    wanted = served.generate(IDS, max_tokens=40, ignore_eos=True)
+    with torch.no_grad():
+        noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0))
+        weights.add_(0.3 * weights.std() * noise)
+    served.configure(speculative="draft:small")
+    got = served.generate(IDS, max_tokens=40, ignore_eos=True)
+    assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+    assert 0 < got.summary().acceptance_rate < 1
+
+
+def test_it_goes_on_whatever_becomes_of_the_draft(pair):
+    served, draft = pair
+    wanted = served.generate(IDS, max_tokens=30, ignore_eos=True)
+
+    def check(guessed: bool) -> None:
+        got = served.generate(IDS, max_tokens=30, ignore_eos=True)
+        assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+        assert (got.summary().acceptance_rate is not None) == guessed
+
+    served.configure(speculative="draft:small")
+    check(True)
+    served.configure(max_batch=2)
+    check(True)
+    draft.quantize("int8", progress=False)
+    check(True)
+    draft.configure(max_batch=1, context=32)
+    check(True)
+    with draft._engine.held():
+        check(False)
+    requests = draft.submit(IDS[:1] * 8, max_tokens=20, ignore_eos=True)  # both at once
+    got = served.generate(IDS, max_tokens=30, ignore_eos=True)
+    assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+    assert {r.result(60).finish_reason for r in requests} == {"length"}
+    draft.unload()
+    assert served.speculative == "off"
+    check(False)
+
+
+def test_a_draft_that_fails_is_given_up(pair, monkeypatch, caplog):
+    served, _ = pair
+    wanted = served.generate(IDS, max_tokens=20, ignore_eos=True)
+    served.configure(speculative="draft:small")
+    monkeypatch.setattr("inferkit.engine.drafts.Drafts._next", lambda *_: 1 / 0)
+    got = served.generate(IDS, max_tokens=20, ignore_eos=True)
+    assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
+    assert served.speculative == "off"
+    assert "no longer guessed" in caplog.text
+
+
+def test_what_cannot_guess_is_refused(tiny_model, pair):
+    served, _ = pair
+    for draft, message in (("nobody", "No model 'nobody'"), ("served", "for itself")):
+        with pytest.raises(ik.OptionError, match=message):
+            served.configure(speculative=f"draft:{draft}")
+    with (
+        ik.load(tiny_model("mamba"), name="alone", progress=False),
+        pytest.raises(ik.OptionError, match="one request at a time"),
+    ):
+        served.configure(speculative="draft:alone")
+    assert served.speculative == "off"
+    with pytest.raises(ik.OptionError, match="No model 'nobody'"):
+        ik.load(tiny_model("llama"), progress=False, name="not", speculative="draft:nobody")
+    assert "not" not in [m.name for m in ik.models()]
+
+
+def test_another_vocabulary_is_refused(pair, monkeypatch):
+    served, draft = pair
+    tokenizer = type("T", (), {"get_vocab": lambda self: {}})()
+    monkeypatch.setattr(draft._parts.loaded, "tokenizer", tokenizer)
+    with pytest.raises(ik.OptionError, match="another vocabulary"):
+        served.configure(speculative="draft:small")
 
 
 # -- the option -----------------------------------------------------------------------------------
