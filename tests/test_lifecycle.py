@@ -164,7 +164,9 @@ def test_an_unknown_change_is_told_with_the_nearest_one(folder: Path) -> None:
     with ik.load(folder, **OPTIONS) as model:
         with pytest.raises(ik.OptionError, match=r"'max_bach'; did you mean 'max_batch'\?") as told:
             model.configure(max_bach=2)
-        assert "The options are: batching, compile, context, max_batch, speculative." in str(told.value)
+        assert "The options are: batching, compile, context, max_batch, speculative." in str(
+            told.value
+        )
         assert model.max_batch == 4
 
 
