@@ -670,6 +670,22 @@ def test_a_model_that_only_stood_by_need_not_be_named(
     assert main(["replay", str(path), "--model", folder, "--save", there]) == 2
 
 
+def test_a_replay_is_of_its_own_models_alone(
+    model: ik.Model, tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    folder = tiny_model("llama")
+    with ik.record("one", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+    model.unload()
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    with ik.load(tiny_model("qwen3"), name="idle", progress=False, **options):
+        found = ik.replay(path, model=folder, progress=False)
+    assert found.exact
+    assert len(found.measured.file.models) == 1
+    assert found.latency.paired
+    assert len(found.latency.pairs) == len(PROMPTS)
+
+
 def test_an_interrupted_replay_says_so_to_the_shell(
     recorded: ik.Experiment, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ class Recording:
         redact: Leave out prompts and outputs.
         overwrite: Replace a file that is there.
         progress: Show a bar while files are hashed.
+        models: Whose requests to record; None for those of all that are loaded, now or meanwhile.
 
     Attributes:
         experiment: What was recorded so far.
@@ -137,8 +138,11 @@ class Recording:
         redact: bool = False,
         overwrite: bool = False,
         progress: Progress = True,
+        *,
+        models: Sequence[Model] | None = None,
     ) -> None:
         self._overwrite, self._progress, self._redact = overwrite, progress, redact
+        self._only = models
         # Where it begins it ends, whatever the working directory is by then.
         self._path = None if path is None else path.absolute()
         if self._path is not None:
@@ -191,9 +195,10 @@ class Recording:
         if self._path is not None:
             with files.writing(self._path, ": give another path=."):
                 self._journal = files.Journal(self._path, self._file)
-        registry.on_load.append(self._joined)
-        self._hooks.append((registry.on_load, self._joined))
-        for model in registry.models():
+        if self._only is None:
+            registry.on_load.append(self._joined)
+            self._hooks.append((registry.on_load, self._joined))
+        for model in registry.models() if self._only is None else self._only:
             self._joined(model)
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()

@@ -463,7 +463,10 @@ class _Run:
 
     def replay(self) -> Replay:
         """Run all parts, one after the other."""
-        recording = Recording(f"replay of {self.recorded.name}", None)
+        # Of no other model: one that stands by is no part of this, nor what is asked of it.
+        recording = Recording(
+            f"replay of {self.recorded.name}", None, models=list(self.models.values())
+        )
         self._here = recording.experiment.environment
         parts = _parts(self.recorded)
         interrupted = False
