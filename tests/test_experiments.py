@@ -340,6 +340,35 @@ def test_the_schema_is_that_of_the_code_and_files_follow_it(
     data["requests"][0]["arrival"] = "soon"
     with pytest.raises(fastjsonschema.JsonSchemaException):
         check(data)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for other in ({"format": "other"}, {"version": 2}):
+        with pytest.raises(fastjsonschema.JsonSchemaException, match=next(iter(other))):
+            check(data | other)
+    del data["version"]
+    with pytest.raises(fastjsonschema.JsonSchemaException, match="version"):
+        check(data)
+
+
+def test_what_is_saved_meanwhile_can_be_read(
+    model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a request gets further at the very moment."""
+    apply, half_done, saved = files.apply, threading.Event(), []
+
+    def slow(file: files.ExperimentFile, line: files.Line) -> None:
+        if isinstance(line, files.Progress) and line.tokens and not half_done.is_set():
+            file.requests[line.request].token_ids.extend(line.token_ids)
+            line.token_ids = []
+            half_done.set()
+            time.sleep(0.3)
+        apply(file, line)
+
+    monkeypatch.setattr(files, "apply", slow)
+    with ik.record("meanwhile", path=path, progress=False) as exp:
+        model.generate(PROMPTS[0], **OPTIONS)
+        assert half_done.wait(20)
+        saved.append(exp.save(tmp_path / "copy.json"))
+    assert ik.open(saved[0]).name == "meanwhile"
 
 
 @pytest.mark.parametrize("values", [[], [0], list(range(100)), [2**62, -5] * 40, [7] * 5000])
@@ -569,6 +598,19 @@ def test_a_number_near_the_border_of_a_tokens_part_is_rounding() -> None:
     assert rounding._missed(scores, few, 0.7, 2, 0) == float("inf")
     # Where rounding may order the second before the first, its part may begin at 0.
     assert rounding._missed(scores, few, 0.3, 1, 0.6) == 0
+
+
+@pytest.mark.parametrize("token", [10**9, -5])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_token_that_the_model_does_not_have_is_a_difference(
+    model: ik.Model, path: Path, token: int, temperature: float
+) -> None:
+    with ik.record("edited", path=path, progress=False):
+        gen = model.generate(PROMPTS[1], temperature=temperature, seed=1, **OPTIONS)
+    edit(path, 0, token_ids=[*gen.token_ids[:3], token, *gen.token_ids[4:]])
+    (outcome,) = ik.replay(path, progress=False).outcomes
+    assert (outcome.kind, outcome.difference) == ("differs", 3)
+    assert "none of this model's" in outcome.reason
 
 
 def test_every_difference_is_looked_at(model: ik.Model, path: Path) -> None:

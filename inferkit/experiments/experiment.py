@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -41,14 +42,21 @@ class Experiment:
         file: What the file says.
         path: Where it is.
         fresh: Whether it was measured by this process.
+        lock: Held by whoever still adds to the file.
     """
 
     def __init__(
-        self, file: ExperimentFile, path: Path | None = None, *, fresh: bool = False
+        self,
+        file: ExperimentFile,
+        path: Path | None = None,
+        *,
+        fresh: bool = False,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.file = file
         self.path = path
         self._fresh = fresh
+        self._lock = lock or nullcontext()
 
     def as_recorded(self) -> Experiment:
         """The same for whoever sees it later or elsewhere: its origin is a day and a machine.
@@ -56,7 +64,7 @@ class Experiment:
         "Measured here and now" is true only while the process that measured shows it; files get
         this one.
         """
-        return Experiment(self.file, self.path)
+        return Experiment(self.file, self.path, lock=self._lock)
 
     # -- facts ----------------------------------------------------------------------------------
 
@@ -158,7 +166,8 @@ class Experiment:
             ExperimentError: It cannot be written.
         """
         target = files.local_path(path)
-        with files.writing(target, "; nothing is lost: save it elsewhere with .save(path)."):
+        advice = "; nothing is lost: save it elsewhere with .save(path)."
+        with files.writing(target, advice), self._lock:
             files.write(self.file, target, overwrite=overwrite)
         return target
 
@@ -294,8 +303,6 @@ def checked_pause(pause: Any) -> float:
 
 def generation_of(one: RequestEntry) -> Generation:
     """A recorded request as the Generation that it gave."""
-    known = {f.name for f in fields(SamplingParams)}
-    options = {name: value for name, value in one.params.items() if name in known}
     return Generation(
         prompt=one.prompt,
         text=one.text,
@@ -304,11 +311,17 @@ def generation_of(one: RequestEntry) -> Generation:
         finish_reason=one.finish_reason,  # type: ignore[arg-type]
         stop_reason=one.stop_reason,
         latency=Latency(trace_of(one)),
-        params=SamplingParams.of(options),
+        params=SamplingParams.of(_known(SamplingParams, one.params)),
         seed=one.seed,
-        settings=Settings(**one.settings),
+        settings=Settings(**_known(Settings, one.settings)),
         error=_error(one),
     )
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that this version has a field for; a later one may have added others."""
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def trace_of(one: RequestEntry) -> Trace:

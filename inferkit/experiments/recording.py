@@ -148,7 +148,8 @@ class Recording:
         if self._path is not None:
             self._check_free(self._path)
         file = ExperimentFile(name=name, created=_now(), environment=environment(), redacted=redact)
-        self.experiment = Experiment(file, path, fresh=True)
+        self._lock = threading.RLock()
+        self.experiment = Experiment(file, path, fresh=True, lock=self._lock)
         self._file = file
         self._journal: files.Journal | None = None
         self._notes: deque[_Note] = deque()
@@ -156,7 +157,6 @@ class Recording:
         self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
-        self._lock = threading.RLock()
         self._ended = threading.Event()  # nothing more is recorded
         self._over = False  # the file is written, as far as it can be
         self._thread: threading.Thread | None = None
@@ -194,6 +194,7 @@ class Recording:
         self._epoch = time.perf_counter_ns()
         if self._path is not None:
             with files.writing(self._path, ": give another path=."):
+                self._keep_unfinished(self._path)
                 self._journal = files.Journal(self._path, self._file)
         if self._only is None:
             registry.on_load.append(self._joined)
@@ -410,6 +411,16 @@ class Recording:
             self._journal.remove()
         else:  # it could not be written on the way, and can be now
             self._path.with_name(self._path.name + files.PARTIAL).unlink(missing_ok=True)
+
+    def _keep_unfinished(self, path: Path) -> None:
+        """Overwriting replaces what was finished; of what was cut off there is nothing else."""
+        kept = files.set_aside(path)
+        if kept is not None:
+            warnings.warn(
+                f"{path} was to be a recording that was not brought to its end: it is kept as "
+                f"{kept.name}, which ik.open reads.",
+                stacklevel=4,
+            )
 
     def _journal_closed(self) -> None:
         if self._journal is not None:
