@@ -462,6 +462,23 @@ def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     assert found.verdict.startswith("Reproduced up to rounding")
 
 
+def test_the_verdict_says_of_times_what_the_difference_says(model: ik.Model, path: Path) -> None:
+    with ik.record("few", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+        model.generate(PROMPTS[0], **OPTIONS)
+    few = ik.replay(path, progress=False)
+    assert few.latency.latency["tpot"].groups == 2
+    assert few.verdict.count("2 groups of requests: too few to tell") == 2
+    assert "interval" not in few.verdict
+    with ik.record("more", path=path, overwrite=True, progress=False):
+        for prompt in (*PROMPTS, PROMPTS[0]):
+            model.generate(prompt, **OPTIONS)
+    more = ik.replay(path, progress=False)
+    found = more.latency.latency["tpot"]
+    span = f"95 % interval {found.ratio.low:.2f} to {found.ratio.high:.2f}"
+    assert f"({span} over 5 groups of requests: {found.verdict})" in more.verdict
+
+
 def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path) -> None:
     with ik.record("secret", path=path, redact=True, progress=False):
         model.generate(PROMPTS, **OPTIONS)

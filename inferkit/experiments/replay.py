@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.errors import ExperimentError, InferkitError, OptionError
-from inferkit.experiments.difference import Difference, first_difference
+from inferkit.experiments.difference import FEWEST, Contrast, Difference, first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
 from inferkit.experiments.recording import Recording
@@ -146,18 +147,11 @@ class Replay:
 
     def _said_of_latency(self) -> str:
         try:
-            found = self.latency.to_dict()["latency"]
+            found = self.latency.latency
         except OptionError:
             return ""
-        said = []
-        names = [("ttft", "TTFT"), ("tpot", "TPOT")]
-        for name, label in names[self._lost_prefixes > 0 :]:
-            ratio = found.get(name, {}).get("ratio")
-            if ratio and ratio["value"] is not None:
-                low, high = ratio["low"], ratio["high"]
-                known = low is not None and high is not None
-                span = f" ({low:.2f} to {high:.2f})" if known else ""
-                said.append(f"{label} here is {ratio['value']:.2f} times the recorded one{span}")
+        names = [("ttft", "TTFT"), ("tpot", "TPOT")][self._lost_prefixes > 0 :]
+        said = [part for name, label in names if (part := _ratio_in_words(label, found[name]))]
         return "; ".join(said) + "." if said else ""
 
     @property
@@ -237,6 +231,16 @@ class Replay:
             return shown + self.latency._repr_html_()
         except OptionError:
             return shown
+
+
+def _ratio_in_words(label: str, found: Contrast) -> str:
+    """A ratio with what the contrast makes of it; "" where there is none."""
+    ratio, groups = found.ratio, found.groups
+    if math.isnan(ratio.value):
+        return ""
+    counted = f"{groups} group{'s' if groups != 1 else ''} of requests: {found.verdict}"
+    span = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f} over " if groups >= FEWEST else ""
+    return f"{label} here is {ratio.value:.2f} times the recorded one ({span}{counted})"
 
 
 _KINDS = ("differs", "rounding", "interrupted", "not run", "not compared", "equal")
