@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,11 +379,61 @@ def test_numbers_are_packed_and_come_back(values: list[int]) -> None:
     assert len(values) <= 32 or isinstance(packed, files.Packed)
 
 
-def test_folders_and_users_are_taken_out_of_messages() -> None:
-    assert scrubbed("no /home/alice/x/model.bin here") == "no model.bin here"
-    assert scrubbed(r"C:\Users\alice\m.gguf is bad") == "m.gguf is bad"
-    assert scrubbed("https://example.org/a/b stays") == "https://example.org/a/b stays"
-    assert scrubbed("1/2 of a/b") == "1/2 of a/b"
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("no /home/alice/x/model.bin here", "no model.bin here"),
+        (r"C:\Users\alice\m.gguf is bad", "m.gguf is bad"),
+        (r"C:\Users\Alice Smith\my models\m.gguf is bad", "m.gguf is bad"),
+        (r"'C:\\Users\\alice\\m.gguf'", "'m.gguf'"),
+        ("C:/Users/alice/m.gguf", "m.gguf"),
+        (r"D:\work\alice\m.gguf", "m.gguf"),
+        (r"\\server\alice\x", "x"),
+        (r"\\server\alice", ""),
+        ("error:/home/alice/x", "error:x"),
+        ("/home/alice", "~"),
+        ("in /Users/alice: denied", "in ~: denied"),
+        ("/mnt/c/Users/alice", "~"),
+        ("file:///home/alice/x.bin", "x.bin"),
+        ("file:///C:/Users/alice/x.bin", "x.bin"),
+        ("~/models/x.bin", "x.bin"),
+        ("https://user:tok@host/x", "https://host/x"),
+        ("https://user:t/k@host/x", "https://host/x"),
+        ("https://tok@host/x", "https://host/x"),
+        ("https://example.org/home/alice/x", "https://example.org/~/x"),
+        ("https://example.org/a/b stays", "https://example.org/a/b stays"),
+        ("https://example.org:8000/a/b stays", "https://example.org:8000/a/b stays"),
+        ("1/2 of a/b", "1/2 of a/b"),
+        ("RuntimeError: org/model at 3:4", "RuntimeError: org/model at 3:4"),
+    ],
+)
+def test_folders_and_users_are_taken_out_of_messages(text: str, left: str) -> None:
+    assert scrubbed(text) == left
+
+
+def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
+    tiny_model: Callable[[str], Path],
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("alice/a/m", "alice/b/m"):
+        shutil.copytree(tiny_model("llama"), folder)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    with (
+        ik.load("alice/a/m", progress=False, **options) as a,
+        ik.load("alice/b/m", progress=False, **options) as b,
+        ik.record("two", path=path, progress=False) as exp,
+    ):
+        assert b.name == "alice/b/m"
+        for model in (a, b):
+            model.generate(PROMPTS[1], **OPTIONS)
+    assert [entry.name for entry in exp.file.models] == ["m", "m-2"]
+    assert [gen.settings.model for gen in exp.generations] == ["m", "m-2"]
+    assert "alice" not in re.sub(r'"zlib":"[^"]*"', "", path.read_text(encoding="utf-8"))
+    folders = {"m": "alice/a/m", "m-2": "alice/b/m"}
+    assert ik.replay(path, model=folders, progress=False).exact
 
 
 def test_the_environment_tells_the_notebook_by_its_name_alone(

@@ -646,10 +646,17 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
-def public_name(name: str) -> str:
-    """A model's name or reference without the folders on the way to it, which tell of people."""
+def public_name(name: str, *, local: bool = False) -> str:
+    """A model's name or reference without the folders on the way to it, which tell of people.
+
+    Args:
+        name: As the model was loaded.
+        local: Whether that was from a folder or file, so that every part but the last is one.
+    """
     looks_local = name.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
-    return PurePath(name.replace("\\", "/")).name or "model" if looks_local else name
+    if not (local or looks_local):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "model"
 
 
 class Journal:

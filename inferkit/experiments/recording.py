@@ -6,6 +6,7 @@ a second, lists that only grow.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Recording", "latest", "record"]
 
 SUFFIX = ".inferkit.json"
+_LOCAL = ("folder", "gguf")  # kinds of models whose references are paths
 _TICK = 0.25  # seconds; a crash loses no more than that
 
 _latest: Recording | None = None
@@ -154,6 +156,7 @@ class Recording:
         self._journal: files.Journal | None = None
         self._notes: deque[_Note] = deque()
         self._models: list[Model] = []
+        self._names: dict[str, str] = {}  # in the file, by what models were loaded as
         self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
@@ -252,7 +255,7 @@ class Recording:
             number = len(self._models)
             self._models.append(model)
             on_their_way = len(engine.requests)
-            self._tell([files.NewModel(_model_entry(model))])
+            self._tell([files.NewModel(_model_entry(model, self._name_of(model)))])
             if on_their_way:
                 self._file.notes.append(
                     f"{on_their_way} requests to {self._file.models[number].name} were on their "
@@ -262,6 +265,13 @@ class Recording:
             hook = partial(self._submitted, number, model)
             engine.on_submit.append(hook)
             self._hooks.append((engine.on_submit, hook))
+
+    def _name_of(self, model: Model) -> str:
+        """What the file calls a model: no folder, and not the name of another."""
+        name = files.public_name(model.name, local=model.source.kind in _LOCAL)
+        others = {known for given, known in self._names.items() if given != model.name}
+        tries = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        return self._names.setdefault(model.name, next(one for one in tries if one not in others))
 
     def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
@@ -308,7 +318,8 @@ class Recording:
             followed.scheduled = True
             facts |= {"scheduled": self._since(request.scheduled)}
             facts |= {"cached_tokens": request.cached_tokens}
-            facts |= {"settings": self._settings(request)}
+            model = self._file.requests[followed.number].model
+            facts |= {"settings": self._settings(model, request)}
         text = ""
         if over is not None:
             facts |= self._end(over)
@@ -354,7 +365,7 @@ class Recording:
             prompt_tokens=len(request.prompt_token_ids),
             params=params,
             seed=request.sampler.seed,
-            settings=self._settings(request),
+            settings=self._settings(model, request),
             prompt=None if self._redact else request.prompt,
             prompt_token_ids=[] if self._redact else list(request.prompt_token_ids),
             token_ids=[],
@@ -362,9 +373,8 @@ class Recording:
             tokens=[],
         )
 
-    def _settings(self, request: Request) -> dict[str, Any]:
-        settings = asdict(request.settings)
-        return settings | {"model": files.public_name(settings["model"])}
+    def _settings(self, model: int, request: Request) -> dict[str, Any]:
+        return asdict(request.settings) | {"model": self._file.models[model].name}
 
     def _tell(self, lines: Sequence[Line]) -> None:
         """Put lines into the file in memory, and on the disk."""
@@ -451,12 +461,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _model_entry(model: Model) -> ModelEntry:
+def _model_entry(model: Model, name: str) -> ModelEntry:
     source, identity = model.source, model._parts.identity
-    local = source.kind in ("folder", "gguf")
     return ModelEntry(
-        name=files.public_name(model.name),
-        ref=PurePath(str(source.ref).replace("\\", "/")).name or "model" if local else source.ref,
+        name=name,
+        ref=files.public_name(str(source.ref), local=source.kind in _LOCAL),
         kind=source.kind,
         revision=source.revision,
         files={},
