@@ -9,10 +9,11 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from measured import small
 
 from inferkit.errors import OptionError
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry
+from inferkit.experiments.file import ModelEntry
 from inferkit.experiments.sharing import BinderLink, binder_link
 
 PUBLIC = "Binder can only open public repositories"
@@ -334,11 +335,17 @@ def test_a_commit_that_installs_nothing(clone: Path) -> None:
 
 
 def experiment(devices: list[str], weights: int) -> Experiment:
-    model = ModelEntry(name="m", ref="m", kind="hub", devices=devices, parameters_bytes=weights)
-    file = ExperimentFile(
-        name="e", created="2026-01-01T00:00:00+00:00", environment=Environment(), models=[model]
-    )
-    return Experiment(file)
+    """One that ran on the CPU's or another model, while another one stood by."""
+    made = small()
+    (mode,) = made.file.modes
+    made.file.models = [
+        ModelEntry(name="idle", ref="i", kind="hub", devices=["cuda:7"], parameters_bytes=10**12),
+        ModelEntry(name="m", ref="m", kind="hub", devices=devices, parameters_bytes=weights),
+    ]
+    mode.model = 1
+    for one in made.file.requests:
+        one.model = 1
+    return made
 
 
 @pytest.mark.parametrize("repo", [None, "owner/another"])
@@ -356,9 +363,42 @@ def test_an_experiment_that_binder_could_not_run_again(
     devices: list[str], weights: int, words: str | None, repo: str | None, clone: Path
 ) -> None:
     link = binder_link(repo, "main", experiment=experiment(devices, weights))
-    said = [warning for warning in link.warnings if "playback" in warning]
+    said = [warning for warning in link.warnings if "ik.play(...)" in warning]
     assert len(said) == (words is not None)
     assert words is None or words in said[0]
+
+
+def test_an_experiment_whose_file_is_not_in_the_commit(clone: Path, tmp_path: Path) -> None:
+    exp = small()
+    assert "is in no file: save it" in beside_public(binder_link(experiment=exp))[0]
+    exp.save(tmp_path / "e.json")
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning == "e.json is outside of the repository: save it in there, too."
+    exp = small()
+    exp.save(clone / "notebooks" / "e.json")
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning.startswith("notebooks/e.json is not in commit")
+    commit()
+    pushed()
+    assert beside_public(binder_link(experiment=exp)) == []
+    unseen = binder_link("owner/another", "main", "a.ipynb", experiment=exp)
+    assert any("a.ipynb and e.json in it was not checked" in w for w in unseen.warnings)
+
+
+def test_an_experiment_whose_file_is_another_one_in_the_commit(clone: Path) -> None:
+    exp = small()
+    exp.save(clone / "e.json")
+    former = commit()
+    pushed()
+    exp.file.notes.append("x")
+    exp.save(clone / "e.json", overwrite=True)
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning.startswith("Changes in e.json are not committed")
+    commit()
+    pushed()
+    assert beside_public(binder_link(experiment=exp)) == []
+    (warning,) = beside_public(binder_link(ref=former, experiment=exp))
+    assert warning == f"e.json is another one in commit {former[:9]}: the link opens that."
 
 
 # -- the notebook ---------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ class Difference:
         fields = [*a, *(name for name in b if name not in a)]
         named = [(name, a.get(name, "-"), b.get(name, "-")) for name in fields]
         found = [Setting(*one) for one in named if one[1] != one[2]]
-        weights = _other_weights(_models(self.a), _models(self.b))
+        weights = _other_weights(self.a.models, self.b.models)
         return (*found, *([weights] if weights else []))
 
     @cached_property
@@ -680,14 +680,9 @@ def _modes(one: Experiment) -> list[ModeEntry]:
     return [one.file.modes[i] for i in dict.fromkeys(r.mode for r in one.file.requests)]
 
 
-def _models(one: Experiment) -> list[ModelEntry]:
-    """The models that requests ran on, in order."""
-    return [one.file.models[i] for i in dict.fromkeys(r.model for r in one.file.requests)]
-
-
 def _facts(one: Experiment) -> dict[str, str]:
     """Settings and environment by the names that tables have for them."""
-    models, modes, env = _models(one), _modes(one), one.environment
+    models, modes, env = one.models, _modes(one), one.environment
     about = {device.name: device.description for device in env.devices}
 
     def of_models(get: Callable[[ModelEntry], Any]) -> str:
@@ -734,7 +729,7 @@ def _described(device: str, about: dict[str, str]) -> str:
     return f"{device} ({about[device]})" if about.get(device) else device
 
 
-def _other_weights(a: list[ModelEntry], b: list[ModelEntry]) -> Setting | None:
+def _other_weights(a: Iterable[ModelEntry], b: Iterable[ModelEntry]) -> Setting | None:
     """Which files differ, where those of both sides were hashed."""
     mine, other = ({(f, sha) for m in side for f, sha in m.files.items()} for side in (a, b))
     shas = [{sha for _, sha in side} for side in (mine, other)]

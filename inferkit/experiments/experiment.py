@@ -14,7 +14,7 @@ from inferkit import errors
 from inferkit.errors import ExperimentError, GenerationError, InferkitError, OptionError
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import describe
-from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
+from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry, RequestEntry
 from inferkit.generation import Generation, Generations, Settings
 from inferkit.html import one_line, table, text_table
 from inferkit.latency import LatencySummary, summarize
@@ -104,6 +104,12 @@ class Experiment:
         return self.file.environment
 
     @property
+    def models(self) -> tuple[ModelEntry, ...]:
+        """The models that requests ran on, in order; not those that only stood by."""
+        ran = dict.fromkeys(one.model for one in self.file.requests)
+        return tuple(self.file.models[number] for number in ran)
+
+    @property
     def origin(self) -> str:
         """When and on what it was measured, as tables and figures of it say."""
         verb = "recorded" if self.file.source == "inferkit" else f"by {self.file.source}"
@@ -169,6 +175,7 @@ class Experiment:
         advice = "; nothing is lost: save it elsewhere with .save(path)."
         with files.writing(target, advice), self._lock:
             files.write(self.file, target, overwrite=overwrite)
+        self.path = self.path or target
         return target
 
     def export(

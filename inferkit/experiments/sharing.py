@@ -99,7 +99,8 @@ def binder_link(
         ref: Branch, tag or commit. None: the present commit of the working directory.
         notebook: Path in the repository, or from the working directory. None: the notebook that
             runs this, or else JupyterLab's start page.
-        experiment: What the notebook shows; warns where Binder could not run it again.
+        experiment: What the notebook shows; warns where its file is not in that version, and where
+            Binder could not run it again.
 
     Returns:
         The link. Its ``warnings`` say what stands against its opening what is here.
@@ -127,12 +128,14 @@ def binder_link(
 
     version = clone.version(ref, remote)
     path, unplaced = clone.path_of(notebook)
+    file, homeless = clone.file_of(experiment)
     warnings = [
         *place.warnings,
         *version.warnings,
         *unplaced,
-        *clone.missing(version, path),
-        *clone.uncommitted(version),
+        *homeless,
+        *clone.missing(version, path, file),
+        *clone.uncommitted(version, file),
         *_experiment_warnings(experiment),
         _public(place),
     ]
@@ -154,8 +157,10 @@ def _unseen(
             "ref='main', a tag or a commit."
         )
     path = None if notebook is None else _inside(_text(notebook))
+    file = experiment.path.name if experiment is not None and experiment.path is not None else None
+    within = " and ".join(name for name in (path, file) if name is not None)
     unchecked = f"There is no clone of {place.name} here: whether it has {_checked(ref)!r}"
-    unchecked += " was not checked." if path is None else f" and {path} in it was not checked."
+    unchecked += f" and {within} in it was not checked." if within else " was not checked."
     found = [*place.warnings, unchecked, *_experiment_warnings(experiment), _public(place)]
     return BinderLink(_url(place, ref, path), tuple(found))
 
@@ -174,15 +179,14 @@ def _public(place: _Place) -> str:
 def _experiment_warnings(experiment: Experiment | None) -> Iterator[str]:
     if experiment is None:
         return
-    entries = experiment.file.models
-    plays = "the link opens the recording for playback, not to be run again"
-    accelerators = {d for entry in entries for d in entry.devices} - {"cpu", "disk"}
+    plays = "it cannot be run again there; a notebook that ends with ik.play(...) shows it"
+    accelerators = {d for entry in experiment.models for d in entry.devices} - {"cpu", "disk"}
     if accelerators:
         yield (
             f"{experiment.name!r} ran on {', '.join(sorted(accelerators))}, and Binder has no GPU: "
             f"{plays}."
         )
-    for entry in entries:
+    for entry in experiment.models:
         if (entry.parameters_bytes or 0) > _ROOM:
             yield (
                 f"The weights of {entry.name} take {format_bytes(entry.parameters_bytes or 0)}, "
@@ -431,12 +435,17 @@ class _Clone:
             return self._running()
         text = _text(notebook)
         for base in (self.root, Path.cwd()):
-            path = Path(os.path.normpath(base / text))
-            # Only its folder is resolved: a link to a file has a name of its own in a repository.
-            path = Path(os.path.realpath(path.parent)) / path.name
-            if os.path.exists(path) and self.root in path.parents:
-                return path.relative_to(self.root).as_posix(), []
+            path = self._from_root(base / text)
+            if path is not None and os.path.exists(self.root / path):
+                return path, []
         return _inside(text), []
+
+    def _from_root(self, path: Path) -> str | None:
+        """A path of this machine as it is in the repository; None where it is outside of it."""
+        path = Path(os.path.normpath(path))
+        # Only its folder is resolved: a link to a file has a name of its own in a repository.
+        path = Path(os.path.realpath(path.parent)) / path.name
+        return path.relative_to(self.root).as_posix() if self.root in path.parents else None
 
     def _running(self) -> tuple[str | None, list[str]]:
         name = notebook_name()
@@ -453,16 +462,31 @@ class _Clone:
         lost = f"The repository has {number} of the name {name}: the link opens JupyterLab's start "
         return None, [lost + "page. Give the path as notebook=."]
 
+    # -- which experiment -----------------------------------------------------------------------
+
+    def file_of(self, experiment: Experiment | None) -> tuple[str | None, list[str]]:
+        """Path of an experiment's file from the root, and what there is to say about it."""
+        if experiment is None:
+            return None, []
+        if experiment.path is None:
+            return None, [f"{experiment.name!r} is in no file: save it in the repository."]
+        path = self._from_root(Path.cwd() / experiment.path)
+        if path is None:
+            outside = f"{experiment.path.name} is outside of the repository: save it in there, too."
+            return None, [outside]
+        return path, []
+
     # -- what the version lacks -----------------------------------------------------------------
 
-    def missing(self, version: _Version, path: str | None) -> Iterator[str]:
-        """Whether the notebook, and what installs inferkit, are in the version."""
+    def missing(self, version: _Version, *paths: str | None) -> Iterator[str]:
+        """Whether the files, and what installs inferkit, are in the version."""
         if version.commit is None:
             return
         name = f"commit {version.commit[:9]}"
-        if path is not None and self.git("cat-file", "-e", f"{version.commit}:{path}") is None:
-            does = "is not in" if (self.root / path).exists() else "is neither here nor in"
-            yield f"{path} {does} {name}: add it to git, commit and push."
+        for path in filter(None, paths):
+            if not self._has(version.commit, path):
+                does = "is not in" if (self.root / path).exists() else "is neither here nor in"
+                yield f"{path} {does} {name}: add it to git, commit and push."
         top = (self.git("ls-tree", "-z", "--name-only", version.commit) or "").split("\0")
         if _BUILD_FILES.isdisjoint(top):
             yield (
@@ -470,10 +494,18 @@ class _Clone:
                 "binder/requirements.txt."
             )
 
-    def uncommitted(self, version: _Version) -> Iterator[str]:
-        """Changes that the link leaves out, where it opens what is checked out here."""
+    def _has(self, commit: str, path: str) -> bool:
+        return self.git("cat-file", "-e", f"{commit}:{path}") is not None
+
+    def uncommitted(self, version: _Version, file: str | None = None) -> Iterator[str]:
+        """Changes that the link leaves out, where it opens what is checked out here.
+
+        Where it opens something else, of this ``file`` alone.
+        """
         branch = self.git("symbolic-ref", "--quiet", "--short", "HEAD")
         if version.commit not in (None, self.head) and version.ref != branch:
+            if file is not None and self._has(version.commit, file):
+                yield from self._other(version.commit, file)
             return
         status = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
         changed = [line[3:] for line in (status or "").split("\0") if line]
@@ -481,6 +513,11 @@ class _Clone:
             more = len(changed) - _SHOWN
             names = ", ".join(changed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
             yield f"Changes in {names} are not committed: the link opens the files without them."
+
+    def _other(self, commit: str, path: str) -> Iterator[str]:
+        """That a file is another one in a commit."""
+        if self.git("diff", "--quiet", commit, "--", path) is None:
+            yield f"{path} is another one in commit {commit[:9]}: the link opens that."
 
 
 def _ask(words: Sequence[str], folder: Path) -> tuple[str | None, str]:
