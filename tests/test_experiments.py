@@ -217,6 +217,34 @@ def test_a_crash_loses_no_more_than_the_last_second(
         ik.record("crash", path=path)
 
 
+def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
+    model: ik.Model, path: Path
+) -> None:
+    recorder = ik.record("long", path=path, progress=False)
+    exp = recorder.start()
+    request = model.submit(PROMPTS[0], max_tokens=180, ignore_eos=True)
+    while not request.done:
+        assert exp.file.models[0].files == {}
+        time.sleep(0.001)
+    deadline = time.monotonic() + 20
+    while not ik.open(path).file.models[0].files:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert ik.open(path).file.models[0].files == model.source.sha256(progress=False)
+    recorder.stop()
+    assert ik.open(path).file.models[0].files
+
+
+def test_a_replay_says_where_it_cannot_check_the_model(model: ik.Model, path: Path) -> None:
+    with ik.record("crashed", path=path, progress=False) as exp:
+        model.generate(PROMPTS[0], **OPTIONS)
+    assert not any("sha256" in note for note in ik.replay(exp, progress=False).notes)
+    exp.file.models[0].files = {}
+    (note,) = (note for note in ik.replay(exp, progress=False).notes if "sha256" in note)
+    assert "was not checked" in note
+    assert note in repr(ik.replay(exp, progress=False))
+
+
 def test_a_damaged_last_line_of_the_journal_is_left_out(
     recorded: ik.Experiment, path: Path
 ) -> None:

@@ -267,6 +267,13 @@ class NewModel(Line, tag="model"):
     entry: ModelEntry
 
 
+class Hashed(Line, tag="files"):
+    """The digests of a model's files are known."""
+
+    model: int
+    files: dict[str, str]
+
+
 class NewMode(Line, tag="mode"):
     """A model changed."""
 
@@ -298,7 +305,7 @@ class Ended(Line, tag="end"):
     notes: list[str]
 
 
-_LINES = Began | NewModel | NewMode | NewRequest | Progress | Ended
+_LINES = Began | NewModel | Hashed | NewMode | NewRequest | Progress | Ended
 
 
 def apply(file: ExperimentFile, line: Line) -> None:
@@ -306,6 +313,8 @@ def apply(file: ExperimentFile, line: Line) -> None:
     match line:
         case NewModel(entry):
             file.models.append(entry)
+        case Hashed(number):
+            file.models[number].files = line.files
         case NewMode(entry):
             file.modes.append(entry)
         case NewRequest(entry):

@@ -1,7 +1,7 @@
 """`record`: everything that happens to the models of this process, written down as it happens.
 
 It costs the engine nothing: whoever submits a request leaves a note, and a thread reads, four times
-a second, lists that only grow.
+a second, lists that only grow. Another hashes the models' files, while no request is on its way.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -118,6 +119,10 @@ class _Note:
     time: int
 
 
+class _Ended(Exception):
+    """The recording has, and what was begun beside it stops."""
+
+
 class Recording:
     """An experiment under way: a context manager, or `start` and `stop`.
 
@@ -163,6 +168,7 @@ class Recording:
         self._ended = threading.Event()  # nothing more is recorded
         self._over = False  # the file is written, as far as it can be
         self._thread: threading.Thread | None = None
+        self._hasher: threading.Thread | None = None
         self._epoch = 0
         self._pid = os.getpid()
 
@@ -207,6 +213,10 @@ class Recording:
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()
         if self._path is not None:  # that of a replay is its own affair
+            self._hasher = threading.Thread(
+                target=self._hash_meanwhile, name="inferkit-hash", daemon=True
+            )
+            self._hasher.start()
             global _latest
             _latest = self
             status.recorded(self._file.name)
@@ -225,6 +235,8 @@ class Recording:
             if hook in listeners:
                 listeners.remove(hook)
         self._thread.join()
+        if self._hasher is not None:
+            self._hasher.join()
         with self._lock:
             if not self._over:  # by another thread, meanwhile
                 self._finish()
@@ -390,9 +402,34 @@ class Recording:
 
     # -- the end --------------------------------------------------------------------------------
 
+    def _hash_meanwhile(self) -> None:
+        """Hash the models' files, so that a crash leaves them known: nobody can do it later."""
+        tried: set[int] = set()
+        while not self._ended.wait(_TICK):
+            for number, model in enumerate(self._models.copy()):
+                if number in tried:
+                    continue
+                # What goes wrong is told at the end, where it is tried again.
+                with suppress(_Ended, OSError, KeyError, InferkitError):
+                    self._give_way()
+                    found = model.source.sha256(progress=self._give_way)
+                    with self._lock:
+                        self._tell([files.Hashed(number, found)])
+                tried.add(number)
+
+    def _give_way(self, *_: Any) -> None:
+        """Wait while requests are on their way: what is measured is not to be slowed down."""
+        while self._notes or self._live:
+            if self._ended.wait(_TICK):
+                break
+        if self._ended.is_set():
+            raise _Ended
+
     def _hash(self) -> None:
         """The digests of the models' files; an interrupt leaves out what is not yet read."""
         for entry, model in zip(self._file.models, self._models):
+            if entry.files:
+                continue
             try:
                 entry.files = model.source.sha256(progress=self._progress)
             except KeyboardInterrupt:

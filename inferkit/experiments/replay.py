@@ -292,6 +292,11 @@ def replay(
         for number in used:
             entry = recorded.file.models[number]
             source = _find(entry, model, len(used), check_files, progress)
+            if check_files and not entry.files:
+                run.notes.append(
+                    f"the recording has no sha256 of {entry.name}'s files: whether this is the "
+                    "same model was not checked"
+                )
             run.models[number] = stack.enter_context(run.loaded(number, entry, source))
         return run.replay()
 
