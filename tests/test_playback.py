@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +124,27 @@ def test_it_says_what_it_is(played: list[Any], capsys: pytest.CaptureFixture[str
     assert "chunk" not in told
     shown(played, experiment(request(0, 20 * MS, 20 * MS, 40 * MS, chunks=[20 * MS, 40 * MS])))
     assert "one chunk are shown at once" in capsys.readouterr().out
+
+
+def test_whatever_is_shown_of_a_recording_says_so(played: list[Any]) -> None:
+    said = "recorded 2026-11-24"
+    playback = shown(played, MANY)
+    for gens in (MANY.generations, playback.generations):
+        for one in (gens, gens[0]):
+            assert said in repr(one)
+            assert said in one._repr_html_()
+        summaries = (gens.summary(), ik.summarize(gens), ik.summarize(gens[0]))
+        for figure in (gens[0].plot(), *(summary.plot() for summary in summaries)):
+            assert said in figure.layout.title.text
+        assert all(said in repr(summary) for summary in summaries)
+    assert said in playback.plot().layout.title.text
+
+
+def test_what_is_measured_here_beside_a_recording_is_told_from_it() -> None:
+    here = dataclasses.replace(MANY.generations[0], origin="")
+    assert ik.summarize([here]).origin == ""
+    both = ik.summarize([here, *MANY.generations]).origin
+    assert both.startswith("measured here and now and recorded 2026-11-24")
 
 
 def test_what_cannot_be_played_says_why(tmp_path: Path) -> None:

@@ -121,9 +121,8 @@ class Experiment:
     @property
     def generations(self) -> Generations:
         """The requests that have ended, in order of arrival."""
-        return Generations(
-            generation_of(one) for one in self.file.requests if one.finish_reason is not None
-        )
+        origin = self.origin
+        return Generations(generation_of(one, origin) for one in self._ended)
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -308,8 +307,8 @@ def checked_pause(pause: Any) -> float:
     return float(pause)
 
 
-def generation_of(one: RequestEntry) -> Generation:
-    """A recorded request as the Generation that it gave."""
+def generation_of(one: RequestEntry, origin: str = "") -> Generation:
+    """A recorded request as the Generation that it gave, with what is to be said of its origin."""
     return Generation(
         prompt=one.prompt,
         text=one.text,
@@ -322,6 +321,7 @@ def generation_of(one: RequestEntry) -> Generation:
         seed=one.seed,
         settings=Settings(**_known(Settings, one.settings)),
         error=_error(one),
+        origin=origin,
     )
 
 

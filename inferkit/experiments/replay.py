@@ -640,7 +640,7 @@ class _Run:
 
     def _outcome(self, number: int) -> Outcome:
         one = self.recorded.file.requests[number]
-        recorded = generation_of(one)
+        recorded = generation_of(one, self.recorded.origin)
         request = self._requests.get(number)
         if request is None:
             reason = "it was cancelled before its first token"

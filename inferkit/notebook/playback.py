@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import takewhile
@@ -29,7 +30,7 @@ from inferkit.experiments.experiment import (
     trace_of,
 )
 from inferkit.experiments.file import ModeEntry, unpack
-from inferkit.generation import Generation
+from inferkit.generation import Generation, Generations
 from inferkit.model import Model
 from inferkit.notebook.display import show
 from inferkit.notebook.live import LivePlot
@@ -69,6 +70,7 @@ class Playback(LivePlot):
         most = checked_pause(pause)
         super().__init__(**traits)
         self.experiment = experiment
+        self._origin = experiment.origin
         self._stage = _Stage(experiment, most)
         self._feed.attach(cast(Model, self._stage))
 
@@ -82,6 +84,11 @@ class Playback(LivePlot):
             show({"text/html": html, "text/plain": text})
         super()._ipython_display_(**options)
         self._stage.start()
+
+    @property
+    def generations(self) -> Generations:
+        """The results of the run that was played last, with the origin of what was recorded."""
+        return Generations(replace(gen, origin=self._origin) for gen in super().generations)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end; return whether it has come. An interrupt ends the wait, no more."""
