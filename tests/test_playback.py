@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from lab import DARK, LIGHT, NOTE_WHAT_IS_PAINTED, Lab, Tab, open_notebook
 from measured import MS, experiment, request, small
@@ -91,8 +92,33 @@ def test_a_change_of_mode_is_marked_where_it_was(played: list[Any]) -> None:
     mode = changed.file.modes[0]
     fields = {name: getattr(mode, name) for name in mode.__struct_fields__}
     changed.file.modes.append(ModeEntry(**fields | {"time": 45 * MS, "format": "nf4"}))
+    changed.file.requests[1].mode = 1
     playback = shown(played, changed)
     assert any("nf4" in label for _, label in playback._feed.marks)
+
+
+def test_of_several_models_the_one_is_shown_that_a_request_came_to(played: list[Any]) -> None:
+    apart = [request(at * MS, 20 * MS, 60 * MS) for at in (0, 200, 400)]
+    both = experiment(*apart)
+    (mode,), (entry,) = both.file.modes, both.file.models
+    replace = msgspec.structs.replace
+    both.file.models.append(replace(entry, name="other"))
+    both.file.modes += [
+        replace(mode, model=1, format="nf4"),
+        replace(mode, time=450 * MS, model=1, format="fp4"),  # while the first one runs
+    ]
+    apart[1].model = apart[1].mode = 1
+    playback = ik.play(both)
+    played.append(playback)
+    stage, names = playback._stage, []
+    stage.on_submit.append(lambda _: names.append((stage.name, stage.plan.format)))
+    for _ in range(2):
+        playback._ipython_display_()
+        assert playback.wait(20)
+    assert names == [("tiny", "none"), ("other", "nf4"), ("tiny", "none")] * 2
+    assert stage.name == "tiny"
+    playback._update_still()
+    assert {"other, nf4", "tiny, none"} <= {label for _, label in playback._feed.marks}
 
 
 def test_stop_ends_it_and_keeps_what_was_played(played: list[Any]) -> None:
