@@ -566,7 +566,26 @@ def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path)
     assert found.ok
     lengths = [g.latency.output_tokens for g in found.measured.generations]
     assert lengths == [40] * 4
+    assert found.verdict.startswith("No token was verified: 4 requests ran again")
     assert "only times compare" in found.verdict
+    assert not found.verified
+    assert found.to_dict()["verified"] is False
+
+
+def test_the_command_line_says_where_no_token_was_verified(
+    model: ik.Model, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inferkit.cli import main
+
+    for redact, said in ((True, 1), (False, 0)):
+        with ik.record("x", path=path, redact=redact, overwrite=True, progress=False):
+            model.generate(PROMPTS[0], max_tokens=3)
+        capsys.readouterr()
+        assert main(["replay", str(path), "--check"]) == 0
+        assert capsys.readouterr().err.count("no token was verified") == said
+    with pytest.raises(SystemExit):
+        main(["replay", "--help"])
+    assert "no token is verified" in " ".join(capsys.readouterr().out.split())
 
 
 def test_requests_that_followed_each_other_do_so_again(model: ik.Model, path: Path) -> None:

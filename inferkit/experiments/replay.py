@@ -102,6 +102,11 @@ class Replay:
         return self._ran and all(o.kind in fine for o in self.outcomes)
 
     @property
+    def verified(self) -> bool:
+        """Whether any token was held against a recorded one: none is where they were left out."""
+        return any(o.kind in ("equal", "rounding", "differs") for o in self.outcomes)
+
+    @property
     def interrupted(self) -> bool:
         """Whether it was cut off, so that some requests did not run to their end."""
         return any(o.kind == "interrupted" for o in self.outcomes)
@@ -130,7 +135,10 @@ class Replay:
         if not ran:
             return "Nothing was run again."
         if count["not compared"] == ran:
-            return f"{ran} requests ran again; outputs were not recorded, so only times compare."
+            return (
+                f"No token was verified: {ran} requests ran again, but their outputs were left out "
+                "of the recording, so that only times compare."
+            )
         said = [f"{count['equal']} of {ran} requests gave the recorded tokens"]
         if count["rounding"]:
             said.append(f"{count['rounding']} differ where rounding decides")
@@ -173,6 +181,7 @@ class Replay:
             "experiment": self.recorded.name,
             "ok": self.ok,
             "exact": self.exact,
+            "verified": self.verified,
             "verdict": self.verdict,
             "recorded": self.recorded.origin,
             "measured": self.measured.as_recorded().origin,  # a file stays, and now passes
