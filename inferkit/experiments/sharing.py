@@ -1,6 +1,7 @@
 """Binder links: an address that opens a notebook of a public git repository, ready to run.
 
-Asks the git of the working directory and reaches no network. The address has the form
+Asks the git of the working directory, and, where it may, the repository's host whether it lets
+anyone read it. The address has the form
 
     https://mybinder.org/v2/PROVIDER/REPOSITORY/REF?urlpath=lab/tree/PATH
 
@@ -13,7 +14,8 @@ import ipaddress
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +33,15 @@ __all__ = ["BinderLink", "binder_link"]
 _BINDER = "https://mybinder.org"
 _ROOM = 1_200_000_000  # bytes of weights that 2 GB hold beside torch and a kernel
 _GIT_SECONDS = 10
+_LOOK_SECONDS = 5
 _SHOWN = 3  # files that a warning names
+
+# What git says of a repository that is not there for whoever has no credentials; hosts tell no one
+# whether it is there for others. Not what a proxy says.
+_REFUSED = re.compile(
+    r"could not read (?:Username|Password)|Authentication failed|repository '.*' not found"
+    r"|requested URL returned error: 40[134]"
+)
 
 # A name as GitHub and GitLab allow it: neither "." nor "..".
 _NAME = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.-]+"
@@ -89,8 +99,9 @@ def binder_link(
     notebook: str | os.PathLike[str] | None = None,
     *,
     experiment: Experiment | None = None,
+    check_public: bool = True,
 ) -> BinderLink:
-    """Make a link that opens a notebook on mybinder.org; nothing is uploaded, nothing is asked.
+    """Make a link that opens a notebook on mybinder.org; nothing is uploaded.
 
     Args:
         repo: ``"owner/name"`` on GitHub, or the address of a git repository, as ``git clone`` takes
@@ -101,6 +112,8 @@ def binder_link(
             runs this, or else JupyterLab's start page.
         experiment: What the notebook shows; warns where its file is not in that version, and where
             Binder could not run it again.
+        check_public: Ask the repository's host whether it can be read without credentials, as
+            Binder does, for at most 5 s. Where HF_HUB_OFFLINE is set, nothing is asked.
 
     Returns:
         The link. Its ``warnings`` say what stands against its opening what is here.
@@ -124,7 +137,7 @@ def binder_link(
         place = _given(repo.strip())
         remote = None if clone is None else clone.remote_of(place)
     if clone is None or remote is None:
-        return _unseen(place, ref, notebook, experiment, clone)
+        return _unseen(place, ref, notebook, experiment, clone, check_public)
 
     version = clone.version(ref, remote)
     path, unplaced = clone.path_of(notebook)
@@ -137,7 +150,7 @@ def binder_link(
         *clone.missing(version, path, file),
         *clone.uncommitted(version, file),
         *_experiment_warnings(experiment),
-        _public(place),
+        *_public(place, check_public),
     ]
     return BinderLink(_url(place, version.ref, path), tuple(warnings))
 
@@ -148,6 +161,7 @@ def _unseen(
     notebook: str | os.PathLike[str] | None,
     experiment: Experiment | None,
     clone: _Clone | None,
+    check_public: bool,
 ) -> BinderLink:
     """The link to a repository of which there is no clone here, so that nothing can be checked."""
     if ref is None:
@@ -161,8 +175,8 @@ def _unseen(
     within = " and ".join(name for name in (path, file) if name is not None)
     unchecked = f"There is no clone of {place.name} here: whether it has {_checked(ref)!r}"
     unchecked += f" and {within} in it was not checked." if within else " was not checked."
-    found = [*place.warnings, unchecked, *_experiment_warnings(experiment), _public(place)]
-    return BinderLink(_url(place, ref, path), tuple(found))
+    found = [*place.warnings, unchecked, *_experiment_warnings(experiment)]
+    return BinderLink(_url(place, ref, path), (*found, *_public(place, check_public)))
 
 
 def _url(place: _Place, ref: str, path: str | None) -> str:
@@ -172,8 +186,35 @@ def _url(place: _Place, ref: str, path: str | None) -> str:
     return f"{_BINDER}/v2/{place.provider}/{place.quoted}/{quote(ref)}?urlpath={quote(target)}"
 
 
-def _public(place: _Place) -> str:
-    return f"Binder can only open public repositories; whether {place.name} is one was not checked."
+def _public(place: _Place, check: bool) -> Iterator[str]:
+    """That Binder cannot open the repository, or that nobody looked."""
+    asks = check and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0")
+    public = _readable_by_anyone(place.address) if asks else None
+    if public is None:
+        yield (
+            f"Binder can only open public repositories; whether {place.name} is one was not "
+            "checked."
+        )
+    elif not public:
+        yield (
+            f"Binder can only open public repositories, and {place.name} is not there for whoever "
+            "has no credentials: make it public, or correct its name."
+        )
+
+
+def _readable_by_anyone(address: str) -> bool | None:
+    """Whether a repository can be read without credentials; None where that cannot be asked."""
+    # Without anybody's settings: they may hold credentials, or turn the address into one for ssh.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "HOME": os.devnull}
+    env.pop("XDG_CONFIG_HOME", None)
+    env.pop("SSH_ASKPASS", None)
+    words = ["-c", "credential.helper=", "ls-remote", "--quiet", address]
+    with tempfile.TemporaryDirectory() as nowhere:
+        found, reason = _ask(words, Path(nowhere), env, _LOOK_SECONDS)
+    if found is not None:
+        return True
+    return False if _REFUSED.search(reason) else None
 
 
 def _experiment_warnings(experiment: Experiment | None) -> Iterator[str]:
@@ -204,6 +245,12 @@ class _Place:
     provider: str
     name: str
     warnings: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """As ``git clone`` takes it."""
+        hosts = {"gh": "https://github.com/", "gl": "https://gitlab.com/"}
+        return hosts.get(self.provider, "") + self.name
 
     @property
     def quoted(self) -> str:
@@ -341,7 +388,8 @@ class _Clone:
         found, words = _ask(["rev-parse", "--show-toplevel"], Path.cwd())
         if found:
             return cls(Path(found).resolve()), ""
-        return None, f"The working directory is in no git repository that can be read ({words})"
+        reason = words.split("\n", 1)[0]
+        return None, f"The working directory is in no git repository that can be read ({reason})"
 
     def git(self, *words: str) -> str | None:
         """What git says; None where it says no."""
@@ -520,25 +568,29 @@ class _Clone:
             yield f"{path} is another one in commit {commit[:9]}: the link opens that."
 
 
-def _ask(words: Sequence[str], folder: Path) -> tuple[str | None, str]:
+def _ask(
+    words: Sequence[str],
+    folder: Path,
+    env: Mapping[str, str] = os.environ,
+    seconds: float = _GIT_SECONDS,
+) -> tuple[str | None, str]:
     """What git answers in a folder, or None and its reason."""
-    # In English, for the reason is shown; and without locks, for someone may be committing.
-    env = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
             ["git", *words],
             cwd=folder,
-            env=env,
+            # In English, for the reason is shown; and without locks, for someone may be committing.
+            env={**env, "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
-            timeout=_GIT_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except FileNotFoundError:
         return None, "git is not installed"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, first_line(error)
-    reason = done.stderr.strip().split("\n", 1)[0] or f"git's exit status {done.returncode}"
+    reason = done.stderr.strip() or f"git's exit status {done.returncode}"
     return (done.stdout.rstrip("\n") if done.returncode == 0 else None), reason
