@@ -67,7 +67,8 @@ def record(
         name: What to call it.
         path: The file; None for one in the working directory that is called by the name.
         redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
-        overwrite: Replace a file that is there.
+        overwrite: Replace a file that is there. Of a recording that was not brought to its end, the
+            journal is kept under another name, which a warning says.
         progress: Show a bar while the model's files are hashed, or call this with (what, done,
             total).
 
