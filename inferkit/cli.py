@@ -172,6 +172,10 @@ def _replay(arguments: argparse.Namespace) -> int:
         found.measured.save(arguments.save)
     if found.interrupted:
         return _INTERRUPTED
+    if arguments.check and not found.verified:
+        print(
+            "inferkit: no token was verified, and --check has only times to go by", file=sys.stderr
+        )
     good = found.exact if arguments.exact else found.ok
     return 0 if good or not (arguments.check or arguments.exact) else 1
 
@@ -269,7 +273,8 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--check",
         action="store_true",
         default=False,
-        help="exit status 1 where outputs differ and rounding does not explain it",
+        help="exit status 1 where outputs differ and rounding does not explain it; where outputs "
+        "were left out of the file, no token is verified: stderr says so, and the status is 0",
     )
     command.add_argument(
         "--exact",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +62,7 @@ class Generation:
         settings: The model, device and modes that it ran under.
         logprobs: One entry per token where ``logprobs`` was asked for, else None.
         error: What went wrong where ``finish_reason`` is "error"; the text so far is kept.
+        origin: Where and when it was measured, for what was not measured here and now.
     """
 
     prompt: str | None
@@ -76,6 +77,7 @@ class Generation:
     settings: Settings
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: InferkitError | None = None
+    origin: str = field(default="", compare=False)
 
     def raise_for_error(self) -> Generation:
         """Return itself, or raise the error that ended it."""
@@ -85,7 +87,9 @@ class Generation:
 
     def plot(self) -> go.Figure:
         """A plotly figure of this request's tokens over time."""
-        return self.latency.plot()
+        from inferkit import plots
+
+        return plots.request_figure(self.latency, self.origin)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON; times as raw nanoseconds and as seconds."""
@@ -102,6 +106,7 @@ class Generation:
             "settings": asdict(self.settings),
             "latency": self.latency.to_dict(),
             "logprobs": [asdict(entry) for entry in self.logprobs] if self.logprobs else None,
+            "origin": self.origin,
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -112,14 +117,16 @@ class Generation:
         return self.text
 
     def __repr__(self) -> str:
-        return f"<Generation {self.finish_reason}: {self.text!r}, {self.latency!r}>"
+        origin = f"; {self.origin}" if self.origin else ""
+        return f"<Generation {self.finish_reason}: {self.text!r}, {self.latency!r}{origin}>"
 
     def _repr_html_(self) -> str:
+        origin = f'<div style="opacity:.7">{escape(self.origin)}</div>' if self.origin else ""
         error = f'<div style="color:#c0392b">{escape(str(self.error))}</div>' if self.error else ""
         return (
             f'<div class="inferkit"><div style="white-space:pre-wrap">'
             f'<span style="opacity:.6">{escape(self.prompt or "")}</span>{escape(self.text)}</div>'
-            f"{error}{self.latency._repr_html_()}</div>"
+            f"{error}{self.latency._repr_html_()}{origin}</div>"
         )
 
 
@@ -139,11 +146,20 @@ class Generations(list[Generation]):
         """The latency of all of them together; options as for `inferkit.summarize`."""
         return _latency.summarize(self, **options)
 
+    @property
+    def origin(self) -> str:
+        """Where and when they were measured; empty where all were here and now."""
+        return _latency.origin_of(self)
+
+    @property
+    def _note(self) -> str:
+        return "; ".join(part for part in (self._NOTE, self.origin) if part)
+
     def __repr__(self) -> str:
-        return f"{text_table(self._HEADER, map(_row, self))}\n{self._NOTE}" if self else "[]"
+        return f"{text_table(self._HEADER, map(_row, self))}\n{self._note}" if self else "[]"
 
     def _repr_html_(self) -> str:
-        return table(self._HEADER, map(_row, self), note=self._NOTE)
+        return table(self._HEADER, map(_row, self), note=self._note)
 
 
 def _row(gen: Generation) -> Sequence[object]:

@@ -268,7 +268,8 @@ def summarize(
         gens: Generations or Latency objects, or a single one: anything with ``.latency``.
         slo: Objectives in seconds, by "ttft", "tpot" and "e2e"; they add ``goodput``.
         definitions: Whose definitions: "vllm" (inferkit's own), "aiperf" or "guidellm".
-        origin: Where and when it was measured, if not here and now; tables and figures say it.
+        origin: Where and when it was measured, if not here and now; tables and figures say it. Not
+            given, it is what the generations say.
 
     Raises:
         OptionError: No request, something that has no latency, or an unknown or impossible option.
@@ -279,7 +280,8 @@ def summarize(
         )
     spec = DEFINITIONS[definitions]
     limits = _checked_slo(slo)
-    latencies = _latencies(gens)
+    given = _several(gens)
+    latencies = _latencies(given)
     done = _done(latencies)
     start, end = spec.window([one.trace for one in latencies], [one.trace for one in done])
     duration = (end - start) * NS
@@ -292,8 +294,14 @@ def summarize(
         duration=duration,
         goodput=goodput,
         good_request_fraction=fraction,
-        origin=origin,
+        origin=origin or origin_of(given),
     )
+
+
+def origin_of(gens: Iterable[Any]) -> str:
+    """Where and when generations were measured; empty where all were here and now."""
+    origins = dict.fromkeys(getattr(gen, "origin", "") for gen in gens)
+    return " and ".join(one or "measured here and now" for one in origins) if any(origins) else ""
 
 
 def _goodput(
@@ -311,17 +319,24 @@ def _goodput(
     return _rate(good, duration), good / attempted
 
 
-def _latencies(gens: Any) -> tuple[Latency, ...]:
-    hint = "pass generations (model.generate(...)), their latencies, or a list of these"
-    one = isinstance(gens, Latency) or hasattr(gens, "latency")
-    if not one and (isinstance(gens, str | Mapping) or not isinstance(gens, Iterable)):
-        raise OptionError(f"{type(gens).__name__!r} has no latency to summarize; {hint}")
+_HINT = "pass generations (model.generate(...)), their latencies, or a list of these"
+
+
+def _several(gens: Any) -> list[Any]:
+    if isinstance(gens, Latency) or hasattr(gens, "latency"):
+        return [gens]
+    if isinstance(gens, str | Mapping) or not isinstance(gens, Iterable):
+        raise OptionError(f"{type(gens).__name__!r} has no latency to summarize; {_HINT}")
+    return list(gens)
+
+
+def _latencies(gens: Sequence[Any]) -> tuple[Latency, ...]:
     found = []
-    for index, item in enumerate([gens] if one else gens):
+    for index, item in enumerate(gens):
         latency = item if isinstance(item, Latency) else getattr(item, "latency", None)
         if not isinstance(latency, Latency):
             kind = type(item).__name__
-            raise OptionError(f"item {index} ({kind!r}) has no latency to summarize; {hint}")
+            raise OptionError(f"item {index} ({kind!r}) has no latency to summarize; {_HINT}")
         if getattr(item, "done", True) is False:
             raise OptionError(
                 f"item {index} has not ended, and would count as if it had; wait for it with "
@@ -329,7 +344,7 @@ def _latencies(gens: Any) -> tuple[Latency, ...]:
             )
         found.append(latency)
     if not found:
-        raise OptionError(f"nothing to summarize: no request was given; {hint}")
+        raise OptionError(f"nothing to summarize: no request was given; {_HINT}")
     return tuple(found)
 
 

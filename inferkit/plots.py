@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from html import escape
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING
 
@@ -70,8 +71,13 @@ def percentiles(summary: LatencySummary) -> go.Figure:
     return finish(figure, "Latency percentiles", _named(summary), "", height=390)
 
 
-def request_figure(latency: Latency) -> go.Figure:
-    """One request: its tokens over time with queue and prefill, and the gap before each token."""
+def request_figure(latency: Latency, origin: str = "") -> go.Figure:
+    """One request: its tokens over time with queue and prefill, and the gap before each token.
+
+    Args:
+        latency: Its timing.
+        origin: Where and when it was measured, if not here and now.
+    """
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
@@ -87,6 +93,7 @@ def request_figure(latency: Latency) -> go.Figure:
         for name, value in (("TTFT", latency.ttft), ("TPOT", latency.tpot), ("E2E", latency.e2e))
         if value is not None
     ]
+    parts += [escape(origin, quote=False)] if origin else []
     title = f"Latency of one request, {latency.output_tokens:,} tokens"
     return finish(figure, title, " · ".join(["vLLM definitions", *parts]), note, height=440)
 

@@ -126,6 +126,12 @@ def test_python_is_one_that_the_library_accepts() -> None:
     assert Requirement(f"x{PROJECT['requires-python']}").specifier.contains(f"{PYTHON}.0")
 
 
+def test_nothing_is_needed_of_debian_and_the_file_says_so() -> None:
+    text = (FOLDER / "apt.txt").read_text(encoding="ascii")
+    assert "Nothing is needed" in text
+    assert lines(FOLDER / "apt.txt") == []  # repo2docker leaves out what follows a "#"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_executable_and_correct_bash(name: str) -> None:
     assert os.access(FOLDER / name, os.X_OK)

@@ -221,6 +221,41 @@ def test_gaps_of_one_request_are_not_counted_as_independent() -> None:
     assert found.ratio.high / found.ratio.low > 1.1
 
 
+def with_models(requests: list[RequestEntry], *names: str) -> Experiment:
+    """An experiment for which these models were loaded."""
+    made = experiment(requests)
+    (mode,), (entry,) = made.file.modes, made.file.models
+    fields = {name: getattr(entry, name) for name in entry.__struct_fields__}
+    made.file.models = [ModelEntry(**fields | {"name": name}) for name in names]
+    fields = {name: getattr(mode, name) for name in mode.__struct_fields__}
+    made.file.modes = [ModeEntry(**fields | {"model": i}) for i in range(len(names))]
+    return made
+
+
+def on(model: int, requests: list[RequestEntry]) -> list[RequestEntry]:
+    """The requests as if they had run on another model."""
+    for one in requests:
+        one.model = one.mode = model
+    return requests
+
+
+def test_a_model_that_only_stood_by_is_in_nobodys_way() -> None:
+    """The bf16 model is loaded still while its nf4 sibling is recorded."""
+    b = with_models(on(1, noisy(20, seed=2)), "bf16", "nf4")
+    difference = Difference(with_models(noisy(20, seed=1), "bf16"), b)
+    assert difference.paired
+    assert difference.pairs == tuple((i, i) for i in range(20))
+
+
+def test_requests_of_several_models_pair_up_within_the_same_model() -> None:
+    first, then = noisy(3, seed=1), noisy(3, seed=2)
+    a = with_models([*first, *on(1, then)], "x", "y")
+    other_order = with_models([*on(1, noisy(3, seed=3)), *noisy(3, seed=4)], "y", "x")
+    assert Difference(a, other_order).pairs == tuple((i, i) for i in range(6))
+    other_names = with_models([*on(1, noisy(3, seed=3)), *on(2, noisy(3, seed=4))], "q", "p", "r")
+    assert Difference(a, other_names).pairs == tuple((i, i) for i in range(6))
+
+
 # -- requests that ran beside each other ----------------------------------------------------------
 
 

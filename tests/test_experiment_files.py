@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -119,6 +120,60 @@ def test_a_journal_without_a_beginning_says_so(path: Path) -> None:
         ik.open(path)
 
 
+def journal_over(path: Path) -> None:
+    """Save an experiment, and leave the journal of one that was to replace it."""
+    earlier = small()
+    earlier.file.name = "earlier"
+    earlier.save(path)
+    journal(path)
+    written = path.stat().st_mtime_ns
+    os.utime(beside(path), ns=(written + 10**9, written + 10**9))
+
+
+def test_a_recording_that_was_to_replace_a_file_is_what_opens(path: Path) -> None:
+    journal_over(path)
+    found = ik.open(path)
+    assert found.name == "tiny run"
+    assert "not brought to its end" in found.notes[-2]
+    assert f"{path.name} itself is of an earlier recording" in found.notes[-1]
+    beside(path).rename(path.with_name("elsewhere.partial"))
+    assert ik.open(path).name == "earlier"
+    assert ik.open(path.with_name("elsewhere.partial")).name == "tiny run"
+
+
+def test_a_journal_that_is_older_than_its_file_is_not_read(path: Path) -> None:
+    """It was not removed yet when the process ended."""
+    journal_over(path)
+    os.utime(beside(path), ns=(0, 0))
+    assert ik.open(path).name == "earlier"
+
+
+def test_overwriting_keeps_a_recording_that_was_cut_off(path: Path) -> None:
+    journal_over(path)
+    cut = beside(path).read_bytes()
+    with (
+        pytest.warns(UserWarning, match=r"kept as one\.json\.\w+\.partial, which ik\.open reads"),
+        ik.record("again", path=path, overwrite=True, progress=False),
+    ):
+        pass
+    assert ik.open(path).name == "again"
+    (kept,) = path.parent.glob("*.partial")
+    assert kept.read_bytes() == cut
+    assert ik.open(kept).name == "tiny run"
+
+
+def test_a_journal_that_cannot_begin_leaves_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.Journal, "add", full)
+    with pytest.raises(ik.ExperimentError, match="No space left"):
+        ik.record("full", path=path, progress=False).start()
+    assert list(path.parent.iterdir()) == []
+
+
 # -- damage that would be no error of ours --------------------------------------------------------
 
 
@@ -150,6 +205,40 @@ def test_json_that_is_nested_too_deep_is_damaged(path: Path) -> None:
     with beside(path).open("a", encoding="utf-8") as out:
         out.write(f'{{"type": "tokens", "request": 0, "facts": {{"x": {deep}}}}}\n')
     assert len(ik.open(path).file.requests) == len(lines) - 1
+
+
+def edited(path: Path, **values: Any) -> Path:
+    data = json.loads(small().save(path).read_bytes())
+    for name, value in values.items():
+        where = data if name in data else data["requests"][0]
+        where[name] = value
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("created", ["9999-12-31T23:59:59", "0001-01-01T00:00:00+00:00"])
+def test_a_time_at_which_nothing_was_recorded_is_refused(path: Path, created: str) -> None:
+    with pytest.raises(ik.ExperimentError, match="created is"):
+        ik.open(edited(path, created=created))
+
+
+@pytest.mark.parametrize("finished", [2**63, 10**40])
+def test_times_that_no_clock_gives_are_refused(path: Path, finished: int) -> None:
+    with pytest.raises(ik.ExperimentError, match="no clock gives"):
+        ik.open(edited(path, finished=finished))
+
+
+def test_the_latest_time_that_is_taken_can_be_exported(path: Path) -> None:
+    latest = ik.open(edited(path, created="9000-12-31T23:59:59", finished=2**63 - 1))
+    for kind in ("vllm", "aiperf", "csv"):
+        latest.export(path.with_name(kind), kind)
+
+
+def test_settings_that_a_later_version_adds_are_left_alone(path: Path) -> None:
+    settings = json.loads(small().save(path).read_bytes())["requests"][0]["settings"]
+    path.unlink()
+    found = ik.open(edited(path, settings=settings | {"newer": 1}))
+    assert found.generations[0].settings.model == "tiny"
 
 
 # -- names and paths ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,34 @@ def test_a_crash_loses_no_more_than_the_last_second(
         ik.record("crash", path=path)
 
 
+def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
+    model: ik.Model, path: Path
+) -> None:
+    recorder = ik.record("long", path=path, progress=False)
+    exp = recorder.start()
+    request = model.submit(PROMPTS[0], max_tokens=180, ignore_eos=True)
+    while not request.done:
+        assert exp.file.models[0].files == {}
+        time.sleep(0.001)
+    deadline = time.monotonic() + 20
+    while not ik.open(path).file.models[0].files:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert ik.open(path).file.models[0].files == model.source.sha256(progress=False)
+    recorder.stop()
+    assert ik.open(path).file.models[0].files
+
+
+def test_a_replay_says_where_it_cannot_check_the_model(model: ik.Model, path: Path) -> None:
+    with ik.record("crashed", path=path, progress=False) as exp:
+        model.generate(PROMPTS[0], **OPTIONS)
+    assert not any("sha256" in note for note in ik.replay(exp, progress=False).notes)
+    exp.file.models[0].files = {}
+    (note,) = (note for note in ik.replay(exp, progress=False).notes if "sha256" in note)
+    assert "was not checked" in note
+    assert note in repr(ik.replay(exp, progress=False))
+
+
 def test_a_damaged_last_line_of_the_journal_is_left_out(
     recorded: ik.Experiment, path: Path
 ) -> None:
@@ -340,6 +369,35 @@ def test_the_schema_is_that_of_the_code_and_files_follow_it(
     data["requests"][0]["arrival"] = "soon"
     with pytest.raises(fastjsonschema.JsonSchemaException):
         check(data)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for other in ({"format": "other"}, {"version": 2}):
+        with pytest.raises(fastjsonschema.JsonSchemaException, match=next(iter(other))):
+            check(data | other)
+    del data["version"]
+    with pytest.raises(fastjsonschema.JsonSchemaException, match="version"):
+        check(data)
+
+
+def test_what_is_saved_meanwhile_can_be_read(
+    model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a request gets further at the very moment."""
+    apply, half_done, saved = files.apply, threading.Event(), []
+
+    def slow(file: files.ExperimentFile, line: files.Line) -> None:
+        if isinstance(line, files.Progress) and line.tokens and not half_done.is_set():
+            file.requests[line.request].token_ids.extend(line.token_ids)
+            line.token_ids = []
+            half_done.set()
+            time.sleep(0.3)
+        apply(file, line)
+
+    monkeypatch.setattr(files, "apply", slow)
+    with ik.record("meanwhile", path=path, progress=False) as exp:
+        model.generate(PROMPTS[0], **OPTIONS)
+        assert half_done.wait(20)
+        saved.append(exp.save(tmp_path / "copy.json"))
+    assert ik.open(saved[0]).name == "meanwhile"
 
 
 @pytest.mark.parametrize("values", [[], [0], list(range(100)), [2**62, -5] * 40, [7] * 5000])
@@ -349,11 +407,61 @@ def test_numbers_are_packed_and_come_back(values: list[int]) -> None:
     assert len(values) <= 32 or isinstance(packed, files.Packed)
 
 
-def test_folders_and_users_are_taken_out_of_messages() -> None:
-    assert scrubbed("no /home/alice/x/model.bin here") == "no model.bin here"
-    assert scrubbed(r"C:\Users\alice\m.gguf is bad") == "m.gguf is bad"
-    assert scrubbed("https://example.org/a/b stays") == "https://example.org/a/b stays"
-    assert scrubbed("1/2 of a/b") == "1/2 of a/b"
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("no /home/alice/x/model.bin here", "no model.bin here"),
+        (r"C:\Users\alice\m.gguf is bad", "m.gguf is bad"),
+        (r"C:\Users\Alice Smith\my models\m.gguf is bad", "m.gguf is bad"),
+        (r"'C:\\Users\\alice\\m.gguf'", "'m.gguf'"),
+        ("C:/Users/alice/m.gguf", "m.gguf"),
+        (r"D:\work\alice\m.gguf", "m.gguf"),
+        (r"\\server\alice\x", "x"),
+        (r"\\server\alice", ""),
+        ("error:/home/alice/x", "error:x"),
+        ("/home/alice", "~"),
+        ("in /Users/alice: denied", "in ~: denied"),
+        ("/mnt/c/Users/alice", "~"),
+        ("file:///home/alice/x.bin", "x.bin"),
+        ("file:///C:/Users/alice/x.bin", "x.bin"),
+        ("~/models/x.bin", "x.bin"),
+        ("https://user:tok@host/x", "https://host/x"),
+        ("https://user:t/k@host/x", "https://host/x"),
+        ("https://tok@host/x", "https://host/x"),
+        ("https://example.org/home/alice/x", "https://example.org/~/x"),
+        ("https://example.org/a/b stays", "https://example.org/a/b stays"),
+        ("https://example.org:8000/a/b stays", "https://example.org:8000/a/b stays"),
+        ("1/2 of a/b", "1/2 of a/b"),
+        ("RuntimeError: org/model at 3:4", "RuntimeError: org/model at 3:4"),
+    ],
+)
+def test_folders_and_users_are_taken_out_of_messages(text: str, left: str) -> None:
+    assert scrubbed(text) == left
+
+
+def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
+    tiny_model: Callable[[str], Path],
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("alice/a/m", "alice/b/m"):
+        shutil.copytree(tiny_model("llama"), folder)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    with (
+        ik.load("alice/a/m", progress=False, **options) as a,
+        ik.load("alice/b/m", progress=False, **options) as b,
+        ik.record("two", path=path, progress=False) as exp,
+    ):
+        assert b.name == "alice/b/m"
+        for model in (a, b):
+            model.generate(PROMPTS[1], **OPTIONS)
+    assert [entry.name for entry in exp.file.models] == ["m", "m-2"]
+    assert [gen.settings.model for gen in exp.generations] == ["m", "m-2"]
+    assert "alice" not in re.sub(r'"zlib":"[^"]*"', "", path.read_text(encoding="utf-8"))
+    folders = {"m": "alice/a/m", "m-2": "alice/b/m"}
+    assert ik.replay(path, model=folders, progress=False).exact
 
 
 def test_the_environment_tells_the_notebook_by_its_name_alone(
@@ -433,6 +541,23 @@ def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     assert found.verdict.startswith("Reproduced up to rounding")
 
 
+def test_the_verdict_says_of_times_what_the_difference_says(model: ik.Model, path: Path) -> None:
+    with ik.record("few", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+        model.generate(PROMPTS[0], **OPTIONS)
+    few = ik.replay(path, progress=False)
+    assert few.latency.latency["tpot"].groups == 2
+    assert few.verdict.count("2 groups of requests: too few to tell") == 2
+    assert "interval" not in few.verdict
+    with ik.record("more", path=path, overwrite=True, progress=False):
+        for prompt in (*PROMPTS, PROMPTS[0]):
+            model.generate(prompt, **OPTIONS)
+    more = ik.replay(path, progress=False)
+    found = more.latency.latency["tpot"]
+    span = f"95 % interval {found.ratio.low:.2f} to {found.ratio.high:.2f}"
+    assert f"({span} over 5 groups of requests: {found.verdict})" in more.verdict
+
+
 def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path) -> None:
     with ik.record("secret", path=path, redact=True, progress=False):
         model.generate(PROMPTS, **OPTIONS)
@@ -441,7 +566,26 @@ def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path)
     assert found.ok
     lengths = [g.latency.output_tokens for g in found.measured.generations]
     assert lengths == [40] * 4
+    assert found.verdict.startswith("No token was verified: 4 requests ran again")
     assert "only times compare" in found.verdict
+    assert not found.verified
+    assert found.to_dict()["verified"] is False
+
+
+def test_the_command_line_says_where_no_token_was_verified(
+    model: ik.Model, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inferkit.cli import main
+
+    for redact, said in ((True, 1), (False, 0)):
+        with ik.record("x", path=path, redact=redact, overwrite=True, progress=False):
+            model.generate(PROMPTS[0], max_tokens=3)
+        capsys.readouterr()
+        assert main(["replay", str(path), "--check"]) == 0
+        assert capsys.readouterr().err.count("no token was verified") == said
+    with pytest.raises(SystemExit):
+        main(["replay", "--help"])
+    assert "no token is verified" in " ".join(capsys.readouterr().out.split())
 
 
 def test_requests_that_followed_each_other_do_so_again(model: ik.Model, path: Path) -> None:
@@ -571,6 +715,19 @@ def test_a_number_near_the_border_of_a_tokens_part_is_rounding() -> None:
     assert rounding._missed(scores, few, 0.3, 1, 0.6) == 0
 
 
+@pytest.mark.parametrize("token", [10**9, -5])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_token_that_the_model_does_not_have_is_a_difference(
+    model: ik.Model, path: Path, token: int, temperature: float
+) -> None:
+    with ik.record("edited", path=path, progress=False):
+        gen = model.generate(PROMPTS[1], temperature=temperature, seed=1, **OPTIONS)
+    edit(path, 0, token_ids=[*gen.token_ids[:3], token, *gen.token_ids[4:]])
+    (outcome,) = ik.replay(path, progress=False).outcomes
+    assert (outcome.kind, outcome.difference) == ("differs", 3)
+    assert "none of this model's" in outcome.reason
+
+
 def test_every_difference_is_looked_at(model: ik.Model, path: Path) -> None:
     with ik.record("many", path=path, progress=False):
         gens = model.generate([[i, i + 1] for i in range(24)], max_tokens=4, repetition_penalty=1.1)
@@ -668,6 +825,22 @@ def test_a_model_that_only_stood_by_need_not_be_named(
     assert main(["replay", str(path), "--model", f"llama={folder}", "--check"]) == 0
     there = str(path)  # refused before anything runs
     assert main(["replay", str(path), "--model", folder, "--save", there]) == 2
+
+
+def test_a_replay_is_of_its_own_models_alone(
+    model: ik.Model, tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    folder = tiny_model("llama")
+    with ik.record("one", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+    model.unload()
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    with ik.load(tiny_model("qwen3"), name="idle", progress=False, **options):
+        found = ik.replay(path, model=folder, progress=False)
+    assert found.exact
+    assert len(found.measured.file.models) == 1
+    assert found.latency.paired
+    assert len(found.latency.pairs) == len(PROMPTS)
 
 
 def test_an_interrupted_replay_says_so_to_the_shell(

@@ -3,6 +3,7 @@ import io
 import json
 import sys
 
+import msgspec
 import pandas as pd
 import pytest
 from measured import MS, experiment, random_experiment, request, saved, small
@@ -42,6 +43,19 @@ def test_vllm_json_of_a_small_experiment_by_hand():
     assert found["max_concurrent_requests"] == 2
     assert found["date"] == "20261124-093000"
     assert found["model_id"] == "owner/tiny"
+
+
+def test_vllm_json_names_the_models_that_ran():
+    exp = small()
+    (entry,), (mode,) = exp.file.models, exp.file.modes
+    exp.file.models = [msgspec.structs.replace(entry, ref="owner/idle"), entry]
+    exp.file.modes = [mode, msgspec.structs.replace(mode, model=1)]
+    for one in exp.file.requests:
+        one.model = one.mode = 1
+    found = to_vllm(exp)
+    assert found["model_id"] == found["tokenizer_id"] == "owner/tiny"
+    exp.file.requests[1].model = exp.file.requests[1].mode = 0
+    assert to_vllm(exp)["model_id"] == "owner/tiny, owner/idle"
 
 
 # The keys of a GenerativeBenchmark result of `benchmark` and `main_async` in

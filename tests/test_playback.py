@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from lab import DARK, LIGHT, NOTE_WHAT_IS_PAINTED, Lab, Tab, open_notebook
 from measured import MS, experiment, request, small
@@ -90,8 +92,33 @@ def test_a_change_of_mode_is_marked_where_it_was(played: list[Any]) -> None:
     mode = changed.file.modes[0]
     fields = {name: getattr(mode, name) for name in mode.__struct_fields__}
     changed.file.modes.append(ModeEntry(**fields | {"time": 45 * MS, "format": "nf4"}))
+    changed.file.requests[1].mode = 1
     playback = shown(played, changed)
     assert any("nf4" in label for _, label in playback._feed.marks)
+
+
+def test_of_several_models_the_one_is_shown_that_a_request_came_to(played: list[Any]) -> None:
+    apart = [request(at * MS, 20 * MS, 60 * MS) for at in (0, 200, 400)]
+    both = experiment(*apart)
+    (mode,), (entry,) = both.file.modes, both.file.models
+    replace = msgspec.structs.replace
+    both.file.models.append(replace(entry, name="other"))
+    both.file.modes += [
+        replace(mode, model=1, format="nf4"),
+        replace(mode, time=450 * MS, model=1, format="fp4"),  # while the first one runs
+    ]
+    apart[1].model = apart[1].mode = 1
+    playback = ik.play(both)
+    played.append(playback)
+    stage, names = playback._stage, []
+    stage.on_submit.append(lambda _: names.append((stage.name, stage.plan.format)))
+    for _ in range(2):
+        playback._ipython_display_()
+        assert playback.wait(20)
+    assert names == [("tiny", "none"), ("other", "nf4"), ("tiny", "none")] * 2
+    assert stage.name == "tiny"
+    playback._update_still()
+    assert {"other, nf4", "tiny, none"} <= {label for _, label in playback._feed.marks}
 
 
 def test_stop_ends_it_and_keeps_what_was_played(played: list[Any]) -> None:
@@ -123,6 +150,27 @@ def test_it_says_what_it_is(played: list[Any], capsys: pytest.CaptureFixture[str
     assert "chunk" not in told
     shown(played, experiment(request(0, 20 * MS, 20 * MS, 40 * MS, chunks=[20 * MS, 40 * MS])))
     assert "one chunk are shown at once" in capsys.readouterr().out
+
+
+def test_whatever_is_shown_of_a_recording_says_so(played: list[Any]) -> None:
+    said = "recorded 2026-11-24"
+    playback = shown(played, MANY)
+    for gens in (MANY.generations, playback.generations):
+        for one in (gens, gens[0]):
+            assert said in repr(one)
+            assert said in one._repr_html_()
+        summaries = (gens.summary(), ik.summarize(gens), ik.summarize(gens[0]))
+        for figure in (gens[0].plot(), *(summary.plot() for summary in summaries)):
+            assert said in figure.layout.title.text
+        assert all(said in repr(summary) for summary in summaries)
+    assert said in playback.plot().layout.title.text
+
+
+def test_what_is_measured_here_beside_a_recording_is_told_from_it() -> None:
+    here = dataclasses.replace(MANY.generations[0], origin="")
+    assert ik.summarize([here]).origin == ""
+    both = ik.summarize([here, *MANY.generations]).origin
+    assert both.startswith("measured here and now and recorded 2026-11-24")
 
 
 def test_what_cannot_be_played_says_why(tmp_path: Path) -> None:

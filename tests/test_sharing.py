@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from measured import small
 
 from inferkit.errors import OptionError
+from inferkit.experiments import sharing
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry
+from inferkit.experiments.file import ModelEntry
 from inferkit.experiments.sharing import BinderLink, binder_link
 
 PUBLIC = "Binder can only open public repositories"
@@ -31,6 +36,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "a@example.org")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 @pytest.fixture
@@ -333,12 +339,104 @@ def test_a_commit_that_installs_nothing(clone: Path) -> None:
     assert "binder/requirements.txt" in warning
 
 
+class Host(http.server.SimpleHTTPRequestHandler):
+    """A host with a public repository, one that asks for a password, and one that it denies."""
+
+    def do_GET(self) -> None:
+        status = {"private": 401, "denied": 403}.get(self.path.split("/")[1])
+        if status is None:
+            super().do_GET()
+            return
+        self.send_response(status)
+        self.send_header("WWW-Authenticate", "Basic realm=x")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[str]:
+    run("init", "--quiet", "--bare", str(tmp_path / "served" / "public"))
+    run("-C", str(tmp_path / "served" / "public"), "update-server-info")
+    handler = functools.partial(Host, directory=tmp_path / "served")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "public"), [("public", True), ("private", False), ("denied", False), ("gone", False)]
+)
+def test_the_host_is_asked_whether_anyone_can_read_the_repository(
+    host: str,
+    name: str,
+    public: bool,
+    clone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With credentials at hand that would open it, and must not be used."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".netrc").write_text("machine 127.0.0.1 login user password s3cret\n")
+    helper = '[credential]\nhelper = "!echo username=user; echo password=s3cret; echo"\n'
+    (home / ".gitconfig").write_text(helper)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(home / ".gitconfig"))
+    assert sharing._readable_by_anyone(host + name) is public
+
+
+def test_a_host_that_does_not_answer_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sharing._readable_by_anyone("http://127.0.0.1:9/x") is None
+    monkeypatch.setattr(sharing, "_LOOK_SECONDS", 0.001)
+    assert sharing._readable_by_anyone("http://127.0.0.1:9/x") is None
+    monkeypatch.setenv("PATH", "")
+    assert sharing._readable_by_anyone("http://127.0.0.1:9/x") is None
+
+
+@pytest.mark.parametrize("repo", [None, "owner/another"])
+def test_a_repository_that_is_not_public(
+    repo: str | None, clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: dict[str, bool | None] = {"said": True}
+    asked: list[str] = []
+
+    def answer(address: str) -> bool | None:
+        asked.append(address)
+        return answers["said"]
+
+    monkeypatch.setattr(sharing, "_readable_by_anyone", answer)
+    binder_link(repo, "main")
+    assert asked == []  # HF_HUB_OFFLINE is set for all tests
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert not any("public" in warning for warning in binder_link(repo, "main").warnings)
+    assert asked == [f"https://github.com/{repo or 'owner/name'}"]
+    answers["said"] = False
+    assert "no credentials: make it public" in binder_link(repo, "main").warnings[-1]
+    answers["said"] = None
+    assert "was not checked" in binder_link(repo, "main").warnings[-1]
+    asked.clear()
+    assert "was not checked" in binder_link(repo, "main", check_public=False).warnings[-1]
+    assert asked == []
+
+
 def experiment(devices: list[str], weights: int) -> Experiment:
-    model = ModelEntry(name="m", ref="m", kind="hub", devices=devices, parameters_bytes=weights)
-    file = ExperimentFile(
-        name="e", created="2026-01-01T00:00:00+00:00", environment=Environment(), models=[model]
-    )
-    return Experiment(file)
+    """One that ran on the CPU's or another model, while another one stood by."""
+    made = small()
+    (mode,) = made.file.modes
+    made.file.models = [
+        ModelEntry(name="idle", ref="i", kind="hub", devices=["cuda:7"], parameters_bytes=10**12),
+        ModelEntry(name="m", ref="m", kind="hub", devices=devices, parameters_bytes=weights),
+    ]
+    mode.model = 1
+    for one in made.file.requests:
+        one.model = 1
+    return made
 
 
 @pytest.mark.parametrize("repo", [None, "owner/another"])
@@ -356,9 +454,42 @@ def test_an_experiment_that_binder_could_not_run_again(
     devices: list[str], weights: int, words: str | None, repo: str | None, clone: Path
 ) -> None:
     link = binder_link(repo, "main", experiment=experiment(devices, weights))
-    said = [warning for warning in link.warnings if "playback" in warning]
+    said = [warning for warning in link.warnings if "ik.play(...)" in warning]
     assert len(said) == (words is not None)
     assert words is None or words in said[0]
+
+
+def test_an_experiment_whose_file_is_not_in_the_commit(clone: Path, tmp_path: Path) -> None:
+    exp = small()
+    assert "is in no file: save it" in beside_public(binder_link(experiment=exp))[0]
+    exp.save(tmp_path / "e.json")
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning == "e.json is outside of the repository: save it in there, too."
+    exp = small()
+    exp.save(clone / "notebooks" / "e.json")
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning.startswith("notebooks/e.json is not in commit")
+    commit()
+    pushed()
+    assert beside_public(binder_link(experiment=exp)) == []
+    unseen = binder_link("owner/another", "main", "a.ipynb", experiment=exp)
+    assert any("a.ipynb and e.json in it was not checked" in w for w in unseen.warnings)
+
+
+def test_an_experiment_whose_file_is_another_one_in_the_commit(clone: Path) -> None:
+    exp = small()
+    exp.save(clone / "e.json")
+    former = commit()
+    pushed()
+    exp.file.notes.append("x")
+    exp.save(clone / "e.json", overwrite=True)
+    (warning,) = beside_public(binder_link(experiment=exp))
+    assert warning.startswith("Changes in e.json are not committed")
+    commit()
+    pushed()
+    assert beside_public(binder_link(experiment=exp)) == []
+    (warning,) = beside_public(binder_link(ref=former, experiment=exp))
+    assert warning == f"e.json is another one in commit {former[:9]}: the link opens that."
 
 
 # -- the notebook ---------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from html import escape
@@ -150,10 +150,11 @@ class Difference:
 
     Requests pair up where both sides have the same prompt (its tokens, or its text where those were
     left out) and the same sampling parameters but for the seed, the k-th such request of one with
-    the k-th of the other. Where most requests of the smaller side do and succeeded on both, only
-    these count, and a ratio is the median of the ratios within pairs, so that what all requests
-    have in common cancels out. Otherwise a ratio is that of the two medians, each side resampled on
-    its own.
+    the k-th of the other. Where they ran on several models, it must be the same one: by name, or by
+    the order of loading where names differ; models without requests do not count. Where most
+    requests of the smaller side do and succeeded on both, only these count, and a ratio is the
+    median of the ratios within pairs, so that what all requests have in common cancels out.
+    Otherwise a ratio is that of the two medians, each side resampled on its own.
 
     Requests that run at the same time share steps, and what slows one down slows all of them. So
     those that overlap in time, directly or through others, form a group, and the bootstrap draws
@@ -188,9 +189,10 @@ class Difference:
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The requests that pair up and succeeded on both sides, by their numbers in a and b."""
         waiting: dict[Any, deque[int]] = defaultdict(deque)
-        for number, key in _keys(self.b):
+        of_a, of_b = _partners(self.a, self.b)
+        for number, key in _keys(self.b, of_b):
             waiting[key].append(number)
-        found = [(i, waiting[key].popleft()) for i, key in _keys(self.a) if waiting[key]]
+        found = [(i, waiting[key].popleft()) for i, key in _keys(self.a, of_a) if waiting[key]]
         return tuple((i, j) for i, j in found if i in self._done_a and j in self._done_b)
 
     @property
@@ -205,7 +207,7 @@ class Difference:
         fields = [*a, *(name for name in b if name not in a)]
         named = [(name, a.get(name, "-"), b.get(name, "-")) for name in fields]
         found = [Setting(*one) for one in named if one[1] != one[2]]
-        weights = _other_weights(_models(self.a), _models(self.b))
+        weights = _other_weights(self.a.models, self.b.models)
         return (*found, *([weights] if weights else []))
 
     @cached_property
@@ -579,14 +581,27 @@ def _done(one: Experiment) -> dict[int, Generation]:
     return found
 
 
-def _keys(one: Experiment) -> Iterator[tuple[int, Any]]:
+def _partners(a: Experiment, b: Experiment) -> list[Mapping[int, object]]:
+    """For each side, what the models that requests ran on share with their partners, by number.
+
+    Its name where both sides have the same ones, or else its rank. Not its number itself: that is
+    another where a model was loaded that no request ran on.
+    """
+    used = [sorted({entry.model for entry in one.file.requests}) for one in (a, b)]
+    names = [[one.file.models[i].name for i in numbers] for one, numbers in zip((a, b), used)]
+    same = set(names[0]) == set(names[1]) and all(len(set(one)) == len(one) for one in names)
+    shared = names if same else [range(len(numbers)) for numbers in used]
+    return [dict(zip(numbers, of_side)) for numbers, of_side in zip(used, shared)]
+
+
+def _keys(one: Experiment, partners: Mapping[int, object]) -> Iterator[tuple[int, Any]]:
     """What a request must share with another to pair up; none where its prompt is unknown."""
     for number, entry in enumerate(one.file.requests):
         if entry.finish_reason is None:
             continue
         gen = generation_of(entry)
         if _prompt(gen):
-            yield number, (entry.model, _prompt(gen), replace(gen.params, seed=None))
+            yield number, (partners[entry.model], _prompt(gen), replace(gen.params, seed=None))
 
 
 def _prompt(gen: Generation) -> tuple[int, ...] | str | None:
@@ -665,14 +680,9 @@ def _modes(one: Experiment) -> list[ModeEntry]:
     return [one.file.modes[i] for i in dict.fromkeys(r.mode for r in one.file.requests)]
 
 
-def _models(one: Experiment) -> list[ModelEntry]:
-    """The models that requests ran on, in order."""
-    return [one.file.models[i] for i in dict.fromkeys(r.model for r in one.file.requests)]
-
-
 def _facts(one: Experiment) -> dict[str, str]:
     """Settings and environment by the names that tables have for them."""
-    models, modes, env = _models(one), _modes(one), one.environment
+    models, modes, env = one.models, _modes(one), one.environment
     about = {device.name: device.description for device in env.devices}
 
     def of_models(get: Callable[[ModelEntry], Any]) -> str:
@@ -719,7 +729,7 @@ def _described(device: str, about: dict[str, str]) -> str:
     return f"{device} ({about[device]})" if about.get(device) else device
 
 
-def _other_weights(a: list[ModelEntry], b: list[ModelEntry]) -> Setting | None:
+def _other_weights(a: Iterable[ModelEntry], b: Iterable[ModelEntry]) -> Setting | None:
     """Which files differ, where those of both sides were hashed."""
     mine, other = ({(f, sha) for m in side for f, sha in m.files.items()} for side in (a, b))
     shas = [{sha for _, sha in side} for side in (mine, other)]

@@ -27,7 +27,25 @@ _PACKAGES = (
     *("numpy", "ipykernel", "jupyterlab"),
 )
 _GIT_SECONDS = 5
-_FOLDERS = re.compile(r"(?<![\w.~:/])(?:~|/[\w.+@-]+)(?:/[\w.+@-]+)*/|\b[A-Za-z]:\\(?:[^\\\s]+\\)*")
+_PART = r"[^\\/\s:*?\"'<>|]+"  # of a path
+_SPACED = r"[^\\/:*?\"'<>|\n]+(?=[\\/])"  # on Windows, where folders are called by people's names
+_PRIVATE = tuple(
+    (re.compile(pattern, re.IGNORECASE), instead)
+    for pattern, instead in (
+        # Who asks, and the password, in an address.
+        (r"\b([a-z][a-z0-9+.-]*://)(?:[^\s/@]*:[^\s@]*|[^\s/@]*)@", r"\1"),
+        (r"\bfile:/+(?:localhost/+)?(?=[a-z]:)", ""),
+        (r"\bfile:/+(?:localhost/+)?", "/"),
+        # A home, also where nothing follows it.
+        (rf"\b[a-z]:[\\/]+(?:{_PART}[\\/]+)*?users[\\/]+(?:{_SPACED}|{_PART})", "~"),
+        (rf"(?<![\w.~/])(?:/{_PART})*?/(?:home|users)/+{_PART}", "~"),
+        (rf"/(?:home|users)/+{_PART}", "/~"),  # within an address
+        # Folders, up to the name that they lead to.
+        (rf"\\\\+{_PART}\\+{_PART}(?:\\+(?:{_PART}\\+)*)?", ""),
+        (rf"(?:\b[a-z]:[\\/]+|(?<![\w.~/])~\\+)(?:{_SPACED}[\\/]+)*", ""),
+        (r"(?<![\w.~/])(?:~|/[\w.+@-]+)(?:/[\w.+@-]+)*/", ""),
+    )
+)
 
 
 def environment() -> Environment:
@@ -77,7 +95,9 @@ def notebook_name() -> str | None:
 
 def scrubbed(text: str) -> str:
     """A message or a name without the folders and the user that it may tell of."""
-    short = _FOLDERS.sub("", text)
+    short = text
+    for pattern, instead in _PRIVATE:
+        short = pattern.sub(instead, short)
     with suppress(KeyError, OSError, ImportError):  # a container may have no name for its user
         user = getpass.getuser()
         if len(user) > 2 and user != "root":

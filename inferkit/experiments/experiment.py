@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from inferkit import errors
 from inferkit.errors import ExperimentError, GenerationError, InferkitError, OptionError
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import describe
-from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
+from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry, RequestEntry
 from inferkit.generation import Generation, Generations, Settings
 from inferkit.html import one_line, table, text_table
 from inferkit.latency import LatencySummary, summarize
@@ -41,14 +42,21 @@ class Experiment:
         file: What the file says.
         path: Where it is.
         fresh: Whether it was measured by this process.
+        lock: Held by whoever still adds to the file.
     """
 
     def __init__(
-        self, file: ExperimentFile, path: Path | None = None, *, fresh: bool = False
+        self,
+        file: ExperimentFile,
+        path: Path | None = None,
+        *,
+        fresh: bool = False,
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self.file = file
         self.path = path
         self._fresh = fresh
+        self._lock = lock or nullcontext()
 
     def as_recorded(self) -> Experiment:
         """The same for whoever sees it later or elsewhere: its origin is a day and a machine.
@@ -56,7 +64,7 @@ class Experiment:
         "Measured here and now" is true only while the process that measured shows it; files get
         this one.
         """
-        return Experiment(self.file, self.path)
+        return Experiment(self.file, self.path, lock=self._lock)
 
     # -- facts ----------------------------------------------------------------------------------
 
@@ -96,6 +104,12 @@ class Experiment:
         return self.file.environment
 
     @property
+    def models(self) -> tuple[ModelEntry, ...]:
+        """The models that requests ran on, in order; not those that only stood by."""
+        ran = dict.fromkeys(one.model for one in self.file.requests)
+        return tuple(self.file.models[number] for number in ran)
+
+    @property
     def origin(self) -> str:
         """When and on what it was measured, as tables and figures of it say."""
         verb = "recorded" if self.file.source == "inferkit" else f"by {self.file.source}"
@@ -107,9 +121,8 @@ class Experiment:
     @property
     def generations(self) -> Generations:
         """The requests that have ended, in order of arrival."""
-        return Generations(
-            generation_of(one) for one in self.file.requests if one.finish_reason is not None
-        )
+        origin = self.origin
+        return Generations(generation_of(one, origin) for one in self._ended)
 
     # -- figures --------------------------------------------------------------------------------
 
@@ -158,8 +171,10 @@ class Experiment:
             ExperimentError: It cannot be written.
         """
         target = files.local_path(path)
-        with files.writing(target, "; nothing is lost: save it elsewhere with .save(path)."):
+        advice = "; nothing is lost: save it elsewhere with .save(path)."
+        with files.writing(target, advice), self._lock:
             files.write(self.file, target, overwrite=overwrite)
+        self.path = self.path or target
         return target
 
     def export(
@@ -292,10 +307,8 @@ def checked_pause(pause: Any) -> float:
     return float(pause)
 
 
-def generation_of(one: RequestEntry) -> Generation:
-    """A recorded request as the Generation that it gave."""
-    known = {f.name for f in fields(SamplingParams)}
-    options = {name: value for name, value in one.params.items() if name in known}
+def generation_of(one: RequestEntry, origin: str = "") -> Generation:
+    """A recorded request as the Generation that it gave, with what is to be said of its origin."""
     return Generation(
         prompt=one.prompt,
         text=one.text,
@@ -304,11 +317,18 @@ def generation_of(one: RequestEntry) -> Generation:
         finish_reason=one.finish_reason,  # type: ignore[arg-type]
         stop_reason=one.stop_reason,
         latency=Latency(trace_of(one)),
-        params=SamplingParams.of(options),
+        params=SamplingParams.of(_known(SamplingParams, one.params)),
         seed=one.seed,
-        settings=Settings(**one.settings),
+        settings=Settings(**_known(Settings, one.settings)),
         error=_error(one),
+        origin=origin,
     )
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that this version has a field for; a later one may have added others."""
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def trace_of(one: RequestEntry) -> Trace:

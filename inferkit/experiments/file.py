@@ -34,6 +34,8 @@ VERSION = 1
 PARTIAL = ".partial"
 """What the name of an unfinished experiment's journal has at its end."""
 
+_YEARS = (1970, 9000)  # of a beginning: a time counted from it is one that datetime has, too
+_LATEST = 2**63 - 1  # ns since the beginning
 _PLAIN = 32  # so many numbers are written as they are
 _NAME_MAX = 255  # of a file, where the system does not say
 
@@ -265,6 +267,13 @@ class NewModel(Line, tag="model"):
     entry: ModelEntry
 
 
+class Hashed(Line, tag="files"):
+    """The digests of a model's files are known."""
+
+    model: int
+    files: dict[str, str]
+
+
 class NewMode(Line, tag="mode"):
     """A model changed."""
 
@@ -296,7 +305,7 @@ class Ended(Line, tag="end"):
     notes: list[str]
 
 
-_LINES = Began | NewModel | NewMode | NewRequest | Progress | Ended
+_LINES = Began | NewModel | Hashed | NewMode | NewRequest | Progress | Ended
 
 
 def apply(file: ExperimentFile, line: Line) -> None:
@@ -304,6 +313,8 @@ def apply(file: ExperimentFile, line: Line) -> None:
     match line:
         case NewModel(entry):
             file.models.append(entry)
+        case Hashed(number):
+            file.models[number].files = line.files
         case NewMode(entry):
             file.modes.append(entry)
         case NewRequest(entry):
@@ -430,9 +441,11 @@ def _converted(head: Any, where: str) -> ExperimentFile:
 def _check(file: ExperimentFile) -> None:
     """What the types alone do not say."""
     try:
-        datetime.fromisoformat(file.created)
+        year = datetime.fromisoformat(file.created).year
     except ValueError:
         raise ExperimentError(f"created is {file.created!r}, which is no ISO 8601 time") from None
+    if not _YEARS[0] <= year <= _YEARS[1]:
+        raise ExperimentError(f"created is {file.created!r}, when nothing was recorded")
     for number, mode in enumerate(file.modes):
         if not 0 <= mode.model < len(file.models):
             raise ExperimentError(f"mode {number} is of model {mode.model}, which is not there")
@@ -444,25 +457,73 @@ def _check(file: ExperimentFile) -> None:
         ids, ends, times = (len(unpack(x)) for x in (one.token_ids, one.text_ends, one.tokens))
         if not {ids, ends} <= {0, times}:
             raise ExperimentError(f"request {number} has {ids} tokens and {times} times")
+        # They are in order (see `Trace`): the others lie between these.
+        last = [*unpack(one.tokens)[-1:], *unpack(one.chunks or [])[-1:], one.finished or 0]
+        if any(abs(time) > _LATEST for time in (one.arrival, *last)):
+            raise ExperimentError(f"request {number} has times that no clock gives")
 
 
 def read(path: str | os.PathLike[str]) -> ExperimentFile:
     """Read an experiment, or the journal of one that was not brought to its end.
+
+    A journal goes before an older file in its place: it is of a later recording, that was to
+    replace the file and has not.
 
     Raises:
         OptionError: It is no path.
         ExperimentError: There is none, or it cannot be read.
     """
     path = local_path(path)
-    journal = path if path.name.endswith(PARTIAL) else path.parent / (path.name + PARTIAL)
     try:
-        if path != journal and path.exists():
+        if path.name.endswith(PARTIAL) and path.exists():
+            return _read_journal(path)
+        journal = unfinished(path)
+        if journal is not None:
+            return _instead(path, _read_journal(journal))
+        if path.exists():
             return decode(path.read_bytes(), path.name)
-        if journal.exists():
-            return _read_journal(journal)
     except OSError as error:
         raise ExperimentError(f"{path} cannot be read: {error.strerror or error}.") from None
     raise ExperimentError(f"There is no file {path}. ik.record(...) makes one.")
+
+
+def unfinished(path: Path) -> Path | None:
+    """The journal beside a file, if it is of a later recording, or the file is not there.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    journal = path.parent / (path.name + PARTIAL)
+    if not journal.exists() or not path.exists():
+        return journal if journal.exists() else None
+    # A file is written after the last line of its own journal.
+    return journal if journal.stat().st_mtime_ns > path.stat().st_mtime_ns else None
+
+
+def _instead(path: Path, file: ExperimentFile) -> ExperimentFile:
+    """What a journal has, with a note of the file in whose place it is read."""
+    if path.exists():
+        file.notes.append(
+            f"{path.name} itself is of an earlier recording, which this one was to replace: it can "
+            f"be opened once {path.name}{PARTIAL} is moved away."
+        )
+    return file
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give an unfinished recording's journal another name, so that a new one can begin.
+
+    Returns:
+        Its new path; None where there was none that would be lost.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    journal = unfinished(path)
+    if journal is None:
+        return None
+    kept = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PARTIAL}")
+    return journal.rename(kept)
 
 
 def _read_journal(path: Path) -> ExperimentFile:
@@ -594,10 +655,17 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex[:8]}")
 
 
-def public_name(name: str) -> str:
-    """A model's name or reference without the folders on the way to it, which tell of people."""
+def public_name(name: str, *, local: bool = False) -> str:
+    """A model's name or reference without the folders on the way to it, which tell of people.
+
+    Args:
+        name: As the model was loaded.
+        local: Whether that was from a folder or file, so that every part but the last is one.
+    """
     looks_local = name.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
-    return PurePath(name.replace("\\", "/")).name or "model" if looks_local else name
+    if not (local or looks_local):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "model"
 
 
 class Journal:
@@ -614,7 +682,11 @@ class Journal:
     def __init__(self, path: Path, file: ExperimentFile) -> None:
         self.path = path.with_name(path.name + PARTIAL)
         self._out: io.BufferedWriter | None = self.path.open("wb")
-        self.add([Began(_plain(file))])
+        try:
+            self.add([Began(_plain(file))])
+        except OSError:
+            self.remove()  # without a beginning it would only stand before the file
+            raise
 
     def add(self, lines: Sequence[Line]) -> None:
         """Write lines, so that they outlive this process.
@@ -649,6 +721,11 @@ class Journal:
 def schema() -> dict[str, Any]:
     """The JSON Schema of the file."""
     found = msgspec.json.schema(ExperimentFile)
+    whole = found["$defs"][ExperimentFile.__name__]
+    # Readers need them, although the structure has defaults: another version has another schema.
+    for name, value in (("format", FORMAT), ("version", VERSION)):
+        whole["properties"][name] = {"const": value}
+        whole["required"].append(name)
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     found["title"] = f"inferkit experiment, version {VERSION}"
     return found

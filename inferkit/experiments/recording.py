@@ -1,11 +1,12 @@
 """`record`: everything that happens to the models of this process, written down as it happens.
 
 It costs the engine nothing: whoever submits a request leaves a note, and a thread reads, four times
-a second, lists that only grow.
+a second, lists that only grow. Another hashes the models' files, while no request is on its way.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
@@ -13,10 +14,11 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Recording", "latest", "record"]
 
 SUFFIX = ".inferkit.json"
+_LOCAL = ("folder", "gguf")  # kinds of models whose references are paths
 _TICK = 0.25  # seconds; a crash loses no more than that
 
 _latest: Recording | None = None
@@ -64,7 +67,8 @@ def record(
         name: What to call it.
         path: The file; None for one in the working directory that is called by the name.
         redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
-        overwrite: Replace a file that is there.
+        overwrite: Replace a file that is there. Of a recording that was not brought to its end, the
+            journal is kept under another name, which a warning says.
         progress: Show a bar while the model's files are hashed, or call this with (what, done,
             total).
 
@@ -116,6 +120,10 @@ class _Note:
     time: int
 
 
+class _Ended(Exception):
+    """The recording has, and what was begun beside it stops."""
+
+
 class Recording:
     """An experiment under way: a context manager, or `start` and `stop`.
 
@@ -125,6 +133,7 @@ class Recording:
         redact: Leave out prompts and outputs.
         overwrite: Replace a file that is there.
         progress: Show a bar while files are hashed.
+        models: Whose requests to record; None for those of all that are loaded, now or meanwhile.
 
     Attributes:
         experiment: What was recorded so far.
@@ -137,25 +146,30 @@ class Recording:
         redact: bool = False,
         overwrite: bool = False,
         progress: Progress = True,
+        *,
+        models: Sequence[Model] | None = None,
     ) -> None:
         self._overwrite, self._progress, self._redact = overwrite, progress, redact
+        self._only = models
         # Where it begins it ends, whatever the working directory is by then.
         self._path = None if path is None else path.absolute()
         if self._path is not None:
             self._check_free(self._path)
         file = ExperimentFile(name=name, created=_now(), environment=environment(), redacted=redact)
-        self.experiment = Experiment(file, path, fresh=True)
+        self._lock = threading.RLock()
+        self.experiment = Experiment(file, path, fresh=True, lock=self._lock)
         self._file = file
         self._journal: files.Journal | None = None
         self._notes: deque[_Note] = deque()
         self._models: list[Model] = []
+        self._names: dict[str, str] = {}  # in the file, by what models were loaded as
         self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
-        self._lock = threading.RLock()
         self._ended = threading.Event()  # nothing more is recorded
         self._over = False  # the file is written, as far as it can be
         self._thread: threading.Thread | None = None
+        self._hasher: threading.Thread | None = None
         self._epoch = 0
         self._pid = os.getpid()
 
@@ -190,14 +204,20 @@ class Recording:
         self._epoch = time.perf_counter_ns()
         if self._path is not None:
             with files.writing(self._path, ": give another path=."):
+                self._keep_unfinished(self._path)
                 self._journal = files.Journal(self._path, self._file)
-        registry.on_load.append(self._joined)
-        self._hooks.append((registry.on_load, self._joined))
-        for model in registry.models():
+        if self._only is None:
+            registry.on_load.append(self._joined)
+            self._hooks.append((registry.on_load, self._joined))
+        for model in registry.models() if self._only is None else self._only:
             self._joined(model)
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()
         if self._path is not None:  # that of a replay is its own affair
+            self._hasher = threading.Thread(
+                target=self._hash_meanwhile, name="inferkit-hash", daemon=True
+            )
+            self._hasher.start()
             global _latest
             _latest = self
             status.recorded(self._file.name)
@@ -216,6 +236,8 @@ class Recording:
             if hook in listeners:
                 listeners.remove(hook)
         self._thread.join()
+        if self._hasher is not None:
+            self._hasher.join()
         with self._lock:
             if not self._over:  # by another thread, meanwhile
                 self._finish()
@@ -246,7 +268,7 @@ class Recording:
             number = len(self._models)
             self._models.append(model)
             on_their_way = len(engine.requests)
-            self._tell([files.NewModel(_model_entry(model))])
+            self._tell([files.NewModel(_model_entry(model, self._name_of(model)))])
             if on_their_way:
                 self._file.notes.append(
                     f"{on_their_way} requests to {self._file.models[number].name} were on their "
@@ -256,6 +278,13 @@ class Recording:
             hook = partial(self._submitted, number, model)
             engine.on_submit.append(hook)
             self._hooks.append((engine.on_submit, hook))
+
+    def _name_of(self, model: Model) -> str:
+        """What the file calls a model: no folder, and not the name of another."""
+        name = files.public_name(model.name, local=model.source.kind in _LOCAL)
+        others = {known for given, known in self._names.items() if given != model.name}
+        tries = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+        return self._names.setdefault(model.name, next(one for one in tries if one not in others))
 
     def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
@@ -302,7 +331,8 @@ class Recording:
             followed.scheduled = True
             facts |= {"scheduled": self._since(request.scheduled)}
             facts |= {"cached_tokens": request.cached_tokens}
-            facts |= {"settings": self._settings(request)}
+            model = self._file.requests[followed.number].model
+            facts |= {"settings": self._settings(model, request)}
         text = ""
         if over is not None:
             facts |= self._end(over)
@@ -348,7 +378,7 @@ class Recording:
             prompt_tokens=len(request.prompt_token_ids),
             params=params,
             seed=request.sampler.seed,
-            settings=self._settings(request),
+            settings=self._settings(model, request),
             prompt=None if self._redact else request.prompt,
             prompt_token_ids=[] if self._redact else list(request.prompt_token_ids),
             token_ids=[],
@@ -356,9 +386,8 @@ class Recording:
             tokens=[],
         )
 
-    def _settings(self, request: Request) -> dict[str, Any]:
-        settings = asdict(request.settings)
-        return settings | {"model": files.public_name(settings["model"])}
+    def _settings(self, model: int, request: Request) -> dict[str, Any]:
+        return asdict(request.settings) | {"model": self._file.models[model].name}
 
     def _tell(self, lines: Sequence[Line]) -> None:
         """Put lines into the file in memory, and on the disk."""
@@ -374,9 +403,34 @@ class Recording:
 
     # -- the end --------------------------------------------------------------------------------
 
+    def _hash_meanwhile(self) -> None:
+        """Hash the models' files, so that a crash leaves them known: nobody can do it later."""
+        tried: set[int] = set()
+        while not self._ended.wait(_TICK):
+            for number, model in enumerate(self._models.copy()):
+                if number in tried:
+                    continue
+                # What goes wrong is told at the end, where it is tried again.
+                with suppress(_Ended, OSError, KeyError, InferkitError):
+                    self._give_way()
+                    found = model.source.sha256(progress=self._give_way)
+                    with self._lock:
+                        self._tell([files.Hashed(number, found)])
+                tried.add(number)
+
+    def _give_way(self, *_: Any) -> None:
+        """Wait while requests are on their way: what is measured is not to be slowed down."""
+        while self._notes or self._live:
+            if self._ended.wait(_TICK):
+                break
+        if self._ended.is_set():
+            raise _Ended
+
     def _hash(self) -> None:
         """The digests of the models' files; an interrupt leaves out what is not yet read."""
         for entry, model in zip(self._file.models, self._models):
+            if entry.files:
+                continue
             try:
                 entry.files = model.source.sha256(progress=self._progress)
             except KeyboardInterrupt:
@@ -405,6 +459,16 @@ class Recording:
             self._journal.remove()
         else:  # it could not be written on the way, and can be now
             self._path.with_name(self._path.name + files.PARTIAL).unlink(missing_ok=True)
+
+    def _keep_unfinished(self, path: Path) -> None:
+        """Overwriting replaces what was finished; of what was cut off there is nothing else."""
+        kept = files.set_aside(path)
+        if kept is not None:
+            warnings.warn(
+                f"{path} was to be a recording that was not brought to its end: it is kept as "
+                f"{kept.name}, which ik.open reads.",
+                stacklevel=4,
+            )
 
     def _journal_closed(self) -> None:
         if self._journal is not None:
@@ -435,12 +499,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _model_entry(model: Model) -> ModelEntry:
+def _model_entry(model: Model, name: str) -> ModelEntry:
     source, identity = model.source, model._parts.identity
-    local = source.kind in ("folder", "gguf")
     return ModelEntry(
-        name=files.public_name(model.name),
-        ref=PurePath(str(source.ref).replace("\\", "/")).name or "model" if local else source.ref,
+        name=name,
+        ref=files.public_name(str(source.ref), local=source.kind in _LOCAL),
         kind=source.kind,
         revision=source.revision,
         files={},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import ExperimentError, InferkitError, OptionError
-from inferkit.experiments.difference import Difference, first_difference
+from inferkit.experiments.difference import FEWEST, Contrast, Difference, first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
 from inferkit.experiments.recording import Recording
@@ -102,6 +103,11 @@ class Replay:
         return self._ran and all(o.kind in fine for o in self.outcomes)
 
     @property
+    def verified(self) -> bool:
+        """Whether any token was held against a recorded one: none is where they were left out."""
+        return any(o.kind in ("equal", "rounding", "differs") for o in self.outcomes)
+
+    @property
     def interrupted(self) -> bool:
         """Whether it was cut off, so that some requests did not run to their end."""
         return any(o.kind == "interrupted" for o in self.outcomes)
@@ -130,7 +136,10 @@ class Replay:
         if not ran:
             return "Nothing was run again."
         if count["not compared"] == ran:
-            return f"{ran} requests ran again; outputs were not recorded, so only times compare."
+            return (
+                f"No token was verified: {ran} requests ran again, but their outputs were left out "
+                "of the recording, so that only times compare."
+            )
         said = [f"{count['equal']} of {ran} requests gave the recorded tokens"]
         if count["rounding"]:
             said.append(f"{count['rounding']} differ where rounding decides")
@@ -147,18 +156,11 @@ class Replay:
 
     def _said_of_latency(self) -> str:
         try:
-            found = self.latency.to_dict()["latency"]
+            found = self.latency.latency
         except OptionError:
             return ""
-        said = []
-        names = [("ttft", "TTFT"), ("tpot", "TPOT")]
-        for name, label in names[self._lost_prefixes > 0 :]:
-            ratio = found.get(name, {}).get("ratio")
-            if ratio and ratio["value"] is not None:
-                low, high = ratio["low"], ratio["high"]
-                known = low is not None and high is not None
-                span = f" ({low:.2f} to {high:.2f})" if known else ""
-                said.append(f"{label} here is {ratio['value']:.2f} times the recorded one{span}")
+        names = [("ttft", "TTFT"), ("tpot", "TPOT")][self._lost_prefixes > 0 :]
+        said = [part for name, label in names if (part := _ratio_in_words(label, found[name]))]
         return "; ".join(said) + "." if said else ""
 
     @property
@@ -180,6 +182,7 @@ class Replay:
             "experiment": self.recorded.name,
             "ok": self.ok,
             "exact": self.exact,
+            "verified": self.verified,
             "verdict": self.verdict,
             "recorded": self.recorded.origin,
             "measured": self.measured.as_recorded().origin,  # a file stays, and now passes
@@ -240,6 +243,16 @@ class Replay:
             return shown
 
 
+def _ratio_in_words(label: str, found: Contrast) -> str:
+    """A ratio with what the contrast makes of it; "" where there is none."""
+    ratio, groups = found.ratio, found.groups
+    if math.isnan(ratio.value):
+        return ""
+    counted = f"{groups} group{'s' if groups != 1 else ''} of requests: {found.verdict}"
+    span = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f} over " if groups >= FEWEST else ""
+    return f"{label} here is {ratio.value:.2f} times the recorded one ({span}{counted})"
+
+
 _KINDS = ("differs", "rounding", "interrupted", "not run", "not compared", "equal")
 
 
@@ -289,6 +302,11 @@ def replay(
         for number in used:
             entry = recorded.file.models[number]
             source = _find(entry, model, len(used), check_files, progress)
+            if check_files and not entry.files:
+                run.notes.append(
+                    f"the recording has no sha256 of {entry.name}'s files: whether this is the "
+                    "same model was not checked"
+                )
             run.models[number] = stack.enter_context(run.loaded(number, entry, source))
         return run.replay()
 
@@ -464,7 +482,10 @@ class _Run:
 
     def replay(self) -> Replay:
         """Run all parts, one after the other."""
-        recording = Recording(f"replay of {self.recorded.name}", None)
+        # Of no other model: one that stands by is no part of this, nor what is asked of it.
+        recording = Recording(
+            f"replay of {self.recorded.name}", None, models=list(self.models.values())
+        )
         self._here = recording.experiment.environment
         parts = _parts(self.recorded)
         interrupted = False
@@ -638,7 +659,7 @@ class _Run:
 
     def _outcome(self, number: int) -> Outcome:
         one = self.recorded.file.requests[number]
-        recorded = generation_of(one)
+        recorded = generation_of(one, self.recorded.origin)
         request = self._requests.get(number)
         if request is None:
             reason = "it was cancelled before its first token"

@@ -72,6 +72,8 @@ def judge(
     for token in before:
         row.observe(token)
     scores = row.penalize(_last_logits(model, [*prompt, *before]))
+    if not 0 <= recorded < len(scores):
+        return Judgement(False, None, "the recorded token is none of this model's")
     if row.greedy:
         gap = abs(float(scores[came] - scores[recorded]))
         return Judgement(gap <= limit, gap, f"the two tokens are {gap:.3g} nats apart here")

@@ -1,6 +1,7 @@
 """Binder links: an address that opens a notebook of a public git repository, ready to run.
 
-Asks the git of the working directory and reaches no network. The address has the form
+Asks the git of the working directory, and, where it may, the repository's host whether it lets
+anyone read it. The address has the form
 
     https://mybinder.org/v2/PROVIDER/REPOSITORY/REF?urlpath=lab/tree/PATH
 
@@ -13,7 +14,8 @@ import ipaddress
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +33,15 @@ __all__ = ["BinderLink", "binder_link"]
 _BINDER = "https://mybinder.org"
 _ROOM = 1_200_000_000  # bytes of weights that 2 GB hold beside torch and a kernel
 _GIT_SECONDS = 10
+_LOOK_SECONDS = 5
 _SHOWN = 3  # files that a warning names
+
+# What git says of a repository that is not there for whoever has no credentials; hosts tell no one
+# whether it is there for others. Not what a proxy says.
+_REFUSED = re.compile(
+    r"could not read (?:Username|Password)|Authentication failed|repository '.*' not found"
+    r"|requested URL returned error: 40[134]"
+)
 
 # A name as GitHub and GitLab allow it: neither "." nor "..".
 _NAME = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.-]+"
@@ -89,8 +99,9 @@ def binder_link(
     notebook: str | os.PathLike[str] | None = None,
     *,
     experiment: Experiment | None = None,
+    check_public: bool = True,
 ) -> BinderLink:
-    """Make a link that opens a notebook on mybinder.org; nothing is uploaded, nothing is asked.
+    """Make a link that opens a notebook on mybinder.org; nothing is uploaded.
 
     Args:
         repo: ``"owner/name"`` on GitHub, or the address of a git repository, as ``git clone`` takes
@@ -99,7 +110,10 @@ def binder_link(
         ref: Branch, tag or commit. None: the present commit of the working directory.
         notebook: Path in the repository, or from the working directory. None: the notebook that
             runs this, or else JupyterLab's start page.
-        experiment: What the notebook shows; warns where Binder could not run it again.
+        experiment: What the notebook shows; warns where its file is not in that version, and where
+            Binder could not run it again.
+        check_public: Ask the repository's host whether it can be read without credentials, as
+            Binder does, for at most 5 s. Where HF_HUB_OFFLINE is set, nothing is asked.
 
     Returns:
         The link. Its ``warnings`` say what stands against its opening what is here.
@@ -123,18 +137,20 @@ def binder_link(
         place = _given(repo.strip())
         remote = None if clone is None else clone.remote_of(place)
     if clone is None or remote is None:
-        return _unseen(place, ref, notebook, experiment, clone)
+        return _unseen(place, ref, notebook, experiment, clone, check_public)
 
     version = clone.version(ref, remote)
     path, unplaced = clone.path_of(notebook)
+    file, homeless = clone.file_of(experiment)
     warnings = [
         *place.warnings,
         *version.warnings,
         *unplaced,
-        *clone.missing(version, path),
-        *clone.uncommitted(version),
+        *homeless,
+        *clone.missing(version, path, file),
+        *clone.uncommitted(version, file),
         *_experiment_warnings(experiment),
-        _public(place),
+        *_public(place, check_public),
     ]
     return BinderLink(_url(place, version.ref, path), tuple(warnings))
 
@@ -145,6 +161,7 @@ def _unseen(
     notebook: str | os.PathLike[str] | None,
     experiment: Experiment | None,
     clone: _Clone | None,
+    check_public: bool,
 ) -> BinderLink:
     """The link to a repository of which there is no clone here, so that nothing can be checked."""
     if ref is None:
@@ -154,10 +171,12 @@ def _unseen(
             "ref='main', a tag or a commit."
         )
     path = None if notebook is None else _inside(_text(notebook))
+    file = experiment.path.name if experiment is not None and experiment.path is not None else None
+    within = " and ".join(name for name in (path, file) if name is not None)
     unchecked = f"There is no clone of {place.name} here: whether it has {_checked(ref)!r}"
-    unchecked += " was not checked." if path is None else f" and {path} in it was not checked."
-    found = [*place.warnings, unchecked, *_experiment_warnings(experiment), _public(place)]
-    return BinderLink(_url(place, ref, path), tuple(found))
+    unchecked += f" and {within} in it was not checked." if within else " was not checked."
+    found = [*place.warnings, unchecked, *_experiment_warnings(experiment)]
+    return BinderLink(_url(place, ref, path), (*found, *_public(place, check_public)))
 
 
 def _url(place: _Place, ref: str, path: str | None) -> str:
@@ -167,22 +186,48 @@ def _url(place: _Place, ref: str, path: str | None) -> str:
     return f"{_BINDER}/v2/{place.provider}/{place.quoted}/{quote(ref)}?urlpath={quote(target)}"
 
 
-def _public(place: _Place) -> str:
-    return f"Binder can only open public repositories; whether {place.name} is one was not checked."
+def _public(place: _Place, check: bool) -> Iterator[str]:
+    """That Binder cannot open the repository, or that nobody looked."""
+    asks = check and os.environ.get("HF_HUB_OFFLINE", "") in ("", "0")
+    public = _readable_by_anyone(place.address) if asks else None
+    if public is None:
+        yield (
+            f"Binder can only open public repositories; whether {place.name} is one was not "
+            "checked."
+        )
+    elif not public:
+        yield (
+            f"Binder can only open public repositories, and {place.name} is not there for whoever "
+            "has no credentials: make it public, or correct its name."
+        )
+
+
+def _readable_by_anyone(address: str) -> bool | None:
+    """Whether a repository can be read without credentials; None where that cannot be asked."""
+    # Without anybody's settings: they may hold credentials, or turn the address into one for ssh.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env |= {"GIT_CONFIG_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0", "HOME": os.devnull}
+    env.pop("XDG_CONFIG_HOME", None)
+    env.pop("SSH_ASKPASS", None)
+    words = ["-c", "credential.helper=", "ls-remote", "--quiet", address]
+    with tempfile.TemporaryDirectory() as nowhere:
+        found, reason = _ask(words, Path(nowhere), env, _LOOK_SECONDS)
+    if found is not None:
+        return True
+    return False if _REFUSED.search(reason) else None
 
 
 def _experiment_warnings(experiment: Experiment | None) -> Iterator[str]:
     if experiment is None:
         return
-    entries = experiment.file.models
-    plays = "the link opens the recording for playback, not to be run again"
-    accelerators = {d for entry in entries for d in entry.devices} - {"cpu", "disk"}
+    plays = "it cannot be run again there; a notebook that ends with ik.play(...) shows it"
+    accelerators = {d for entry in experiment.models for d in entry.devices} - {"cpu", "disk"}
     if accelerators:
         yield (
             f"{experiment.name!r} ran on {', '.join(sorted(accelerators))}, and Binder has no GPU: "
             f"{plays}."
         )
-    for entry in entries:
+    for entry in experiment.models:
         if (entry.parameters_bytes or 0) > _ROOM:
             yield (
                 f"The weights of {entry.name} take {format_bytes(entry.parameters_bytes or 0)}, "
@@ -200,6 +245,12 @@ class _Place:
     provider: str
     name: str
     warnings: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """As ``git clone`` takes it."""
+        hosts = {"gh": "https://github.com/", "gl": "https://gitlab.com/"}
+        return hosts.get(self.provider, "") + self.name
 
     @property
     def quoted(self) -> str:
@@ -337,7 +388,8 @@ class _Clone:
         found, words = _ask(["rev-parse", "--show-toplevel"], Path.cwd())
         if found:
             return cls(Path(found).resolve()), ""
-        return None, f"The working directory is in no git repository that can be read ({words})"
+        reason = words.split("\n", 1)[0]
+        return None, f"The working directory is in no git repository that can be read ({reason})"
 
     def git(self, *words: str) -> str | None:
         """What git says; None where it says no."""
@@ -431,12 +483,17 @@ class _Clone:
             return self._running()
         text = _text(notebook)
         for base in (self.root, Path.cwd()):
-            path = Path(os.path.normpath(base / text))
-            # Only its folder is resolved: a link to a file has a name of its own in a repository.
-            path = Path(os.path.realpath(path.parent)) / path.name
-            if os.path.exists(path) and self.root in path.parents:
-                return path.relative_to(self.root).as_posix(), []
+            path = self._from_root(base / text)
+            if path is not None and os.path.exists(self.root / path):
+                return path, []
         return _inside(text), []
+
+    def _from_root(self, path: Path) -> str | None:
+        """A path of this machine as it is in the repository; None where it is outside of it."""
+        path = Path(os.path.normpath(path))
+        # Only its folder is resolved: a link to a file has a name of its own in a repository.
+        path = Path(os.path.realpath(path.parent)) / path.name
+        return path.relative_to(self.root).as_posix() if self.root in path.parents else None
 
     def _running(self) -> tuple[str | None, list[str]]:
         name = notebook_name()
@@ -453,16 +510,31 @@ class _Clone:
         lost = f"The repository has {number} of the name {name}: the link opens JupyterLab's start "
         return None, [lost + "page. Give the path as notebook=."]
 
+    # -- which experiment -----------------------------------------------------------------------
+
+    def file_of(self, experiment: Experiment | None) -> tuple[str | None, list[str]]:
+        """Path of an experiment's file from the root, and what there is to say about it."""
+        if experiment is None:
+            return None, []
+        if experiment.path is None:
+            return None, [f"{experiment.name!r} is in no file: save it in the repository."]
+        path = self._from_root(Path.cwd() / experiment.path)
+        if path is None:
+            outside = f"{experiment.path.name} is outside of the repository: save it in there, too."
+            return None, [outside]
+        return path, []
+
     # -- what the version lacks -----------------------------------------------------------------
 
-    def missing(self, version: _Version, path: str | None) -> Iterator[str]:
-        """Whether the notebook, and what installs inferkit, are in the version."""
+    def missing(self, version: _Version, *paths: str | None) -> Iterator[str]:
+        """Whether the files, and what installs inferkit, are in the version."""
         if version.commit is None:
             return
         name = f"commit {version.commit[:9]}"
-        if path is not None and self.git("cat-file", "-e", f"{version.commit}:{path}") is None:
-            does = "is not in" if (self.root / path).exists() else "is neither here nor in"
-            yield f"{path} {does} {name}: add it to git, commit and push."
+        for path in filter(None, paths):
+            if not self._has(version.commit, path):
+                does = "is not in" if (self.root / path).exists() else "is neither here nor in"
+                yield f"{path} {does} {name}: add it to git, commit and push."
         top = (self.git("ls-tree", "-z", "--name-only", version.commit) or "").split("\0")
         if _BUILD_FILES.isdisjoint(top):
             yield (
@@ -470,10 +542,18 @@ class _Clone:
                 "binder/requirements.txt."
             )
 
-    def uncommitted(self, version: _Version) -> Iterator[str]:
-        """Changes that the link leaves out, where it opens what is checked out here."""
+    def _has(self, commit: str, path: str) -> bool:
+        return self.git("cat-file", "-e", f"{commit}:{path}") is not None
+
+    def uncommitted(self, version: _Version, file: str | None = None) -> Iterator[str]:
+        """Changes that the link leaves out, where it opens what is checked out here.
+
+        Where it opens something else, of this ``file`` alone.
+        """
         branch = self.git("symbolic-ref", "--quiet", "--short", "HEAD")
         if version.commit not in (None, self.head) and version.ref != branch:
+            if file is not None and self._has(version.commit, file):
+                yield from self._other(version.commit, file)
             return
         status = self.git("status", "--porcelain", "-z", "--no-renames", "--untracked-files=no")
         changed = [line[3:] for line in (status or "").split("\0") if line]
@@ -482,26 +562,35 @@ class _Clone:
             names = ", ".join(changed[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
             yield f"Changes in {names} are not committed: the link opens the files without them."
 
+    def _other(self, commit: str, path: str) -> Iterator[str]:
+        """That a file is another one in a commit."""
+        if self.git("diff", "--quiet", commit, "--", path) is None:
+            yield f"{path} is another one in commit {commit[:9]}: the link opens that."
 
-def _ask(words: Sequence[str], folder: Path) -> tuple[str | None, str]:
+
+def _ask(
+    words: Sequence[str],
+    folder: Path,
+    env: Mapping[str, str] = os.environ,
+    seconds: float = _GIT_SECONDS,
+) -> tuple[str | None, str]:
     """What git answers in a folder, or None and its reason."""
-    # In English, for the reason is shown; and without locks, for someone may be committing.
-    env = os.environ | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
             ["git", *words],
             cwd=folder,
-            env=env,
+            # In English, for the reason is shown; and without locks, for someone may be committing.
+            env={**env, "LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",
-            timeout=_GIT_SECONDS,
+            timeout=seconds,
             check=False,
         )
     except FileNotFoundError:
         return None, "git is not installed"
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, first_line(error)
-    reason = done.stderr.strip().split("\n", 1)[0] or f"git's exit status {done.returncode}"
+    reason = done.stderr.strip() or f"git's exit status {done.returncode}"
     return (done.stdout.rstrip("\n") if done.returncode == 0 else None), reason

@@ -62,6 +62,7 @@ class LivePlot(anywidget.AnyWidget):
     _slot = traitlets.Unicode().tag(sync=True)  # where the picture for the saved notebook is
 
     _closed = False
+    _origin = ""  # of what is shown, if it is not measured here and now
 
     def __init__(self, model: Model | None = None, **traits: Any) -> None:
         check_model(model)
@@ -103,7 +104,7 @@ class LivePlot(anywidget.AnyWidget):
 
     def plot(self) -> go.Figure:
         """All that the live plot has, as a plotly figure to zoom, style and export."""
-        return picture.figure(self._feed)
+        return picture.figure(self._feed, self._origin)
 
     def close(self) -> None:
         """Take it out of the browser, and end its thread. Safe to call twice."""

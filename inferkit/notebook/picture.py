@@ -37,10 +37,14 @@ _HEADER = ("#", "prompt", "status", "tokens", "queue ms", "TTFT ms", "TPOT ms")
 _NOTE = "TTFT and TPOT as vllm bench serve defines them; queue: arrival to first step"
 
 
-def figure(feed: Feed) -> go.Figure:
+def figure(feed: Feed, origin: str = "") -> go.Figure:
     """All that the feed has: ITL, TTFT, rolling quantiles and changes of mode; occupancy beneath.
 
     Times are in s since the view was made. Gaps are in ms, each at the time of its later token.
+
+    Args:
+        feed: What to show.
+        origin: Where and when it was measured, if not here and now.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
@@ -98,7 +102,8 @@ def figure(feed: Feed) -> go.Figure:
     note = "older points thinned to the extremes" if thinned else ""
     count = len(update.requests)
     subtitle = f"{count} request{'s' if count != 1 else ''} · gap before each token"
-    return finish(made, "Latency of each token", subtitle, note, height=520)
+    said = " · ".join(part for part in (note, escape(origin, quote=False)) if part)
+    return finish(made, "Latency of each token", subtitle, said, height=520)
 
 
 def still(feed: Feed, name: str) -> tuple[str, str, str]:

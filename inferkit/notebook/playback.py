@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import takewhile
@@ -28,8 +29,8 @@ from inferkit.experiments.experiment import (
     opened,
     trace_of,
 )
-from inferkit.experiments.file import ModeEntry, unpack
-from inferkit.generation import Generation
+from inferkit.experiments.file import ModeEntry, RequestEntry, unpack
+from inferkit.generation import Generation, Generations
 from inferkit.model import Model
 from inferkit.notebook.display import show
 from inferkit.notebook.live import LivePlot
@@ -69,6 +70,7 @@ class Playback(LivePlot):
         most = checked_pause(pause)
         super().__init__(**traits)
         self.experiment = experiment
+        self._origin = experiment.origin
         self._stage = _Stage(experiment, most)
         self._feed.attach(cast(Model, self._stage))
 
@@ -82,6 +84,11 @@ class Playback(LivePlot):
             show({"text/html": html, "text/plain": text})
         super()._ipython_display_(**options)
         self._stage.start()
+
+    @property
+    def generations(self) -> Generations:
+        """The results of the run that was played last, with the origin of what was recorded."""
+        return Generations(replace(gen, origin=self._origin) for gen in super().generations)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end; return whether it has come. An interrupt ends the wait, no more."""
@@ -133,14 +140,18 @@ class _Stage:
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._base = 0
-        first = self._file.requests[0]
-        self._show(self._file.modes[first.mode])
+        self._show_of(self._file.requests[0])
 
     # -- what a model says of itself ------------------------------------------------------------
 
     @property
     def _engine(self) -> _Stage:
         return self
+
+    def _show_of(self, one: RequestEntry) -> None:
+        """Be the model of a request: of several, one is shown, that to which the last one came."""
+        self._model = one.model
+        self._show(self._file.modes[one.mode])
 
     def _show(self, mode: ModeEntry) -> None:
         self.name = self._file.models[mode.model].name
@@ -180,6 +191,7 @@ class _Stage:
 
     def _play(self) -> None:
         self._base = time.perf_counter_ns()
+        self._show_of(self._file.requests[0])  # it may be played again
         try:
             for moment, _, event in self._events():
                 if self._ended.wait(max(0.0, (moment - time.perf_counter_ns()) * NS)):
@@ -213,10 +225,12 @@ class _Stage:
         return sorted(events, key=lambda event: event[:2])
 
     def _change(self, mode: ModeEntry, _: int) -> None:
-        self._show(mode)
+        if mode.model == self._model:
+            self._show(mode)
 
     def _submit(self, number: int, moment: int) -> None:
         one = self._file.requests[number]
+        self._show_of(one)
         gen = generation_of(one)
         request = Request(
             gen.prompt,
