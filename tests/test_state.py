@@ -52,6 +52,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     return path
 
 
+def kernels(here: frozenset[str] = frozenset()) -> list[schema.Kernel]:
+    return folder.read(here).kernels
+
+
 def entry(**changes: Any) -> schema.KernelState:
     """The file of a kernel that this process is."""
     pid = changes.get("pid", os.getpid())
@@ -61,6 +65,7 @@ def entry(**changes: Any) -> schema.KernelState:
         "kernel_id": "one",
         "pid": pid,
         "started": psutil.Process(pid).create_time(),
+        "host": folder.host(),
         "written": 1.0,
         "notebook": "folder/a.ipynb",
         "models": [],
@@ -94,26 +99,60 @@ def test_only_the_owner_can_read_a_file_and_its_folder(runtime: Path) -> None:
 def test_a_file_is_read_as_it_was_written() -> None:
     written = entry()
     folder.write(written)
-    [kernel] = folder.kernels(frozenset({"one"}))
+    [kernel] = kernels(frozenset({"one"}))
     assert kernel.state == written
     assert kernel.here
     assert kernel.memory > 10_000_000
-    assert not folder.kernels()[0].here
+    assert not kernels()[0].here
 
 
 def test_the_file_of_an_ended_process_is_dropped(runtime: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     folder.write(entry(kernel_id="two", pid=ended.pid))
-    assert len(folder.kernels()) == 1
+    assert len(kernels()) == 1
     ended.kill()
     ended.wait()
-    assert folder.kernels() == []
+    assert kernels() == []
     assert list((runtime / "inferkit").iterdir()) == []
 
 
 def test_the_file_of_a_process_whose_number_was_given_again_is_dropped() -> None:
     folder.write(entry(started=psutil.Process().create_time() - 100))
-    assert folder.kernels() == []
+    assert kernels() == []
+
+
+def test_the_file_of_another_machine_is_kept_and_out_of_sight(runtime: Path) -> None:
+    far = {"host": "another", "started": 0.0}  # this process's number is no longer its own there
+    folder.write(entry(kernel_id="far", **far))
+    folder.write(entry(kernel_id="ended", **far))
+    long_ago = time.time() - 3600
+    os.utime(runtime / "inferkit" / "ended.json", (long_ago, long_ago))
+    assert folder.read() == ([], ["far"])
+    assert survey.survey(out_of_sight=frozenset({"own"})).out_of_sight == ["far", "own"]
+    files = sorted(path.name for path in (runtime / "inferkit").iterdir())
+    assert files == ["ended.json", "far.json"]
+
+
+def test_what_a_restarted_kernel_writes_is_not_dropped_with_its_former_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ended(_: int) -> None:
+        folder.write(entry())  # in this moment
+
+    folder.write(entry())
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "started", ended)
+        assert kernels() == []
+    assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_nothing_is_written_to_where_a_link_leads(runtime: Path, tmp_path: Path) -> None:
+    (runtime / "inferkit").symlink_to(tmp_path, target_is_directory=True)
+    before = tmp_path.stat().st_mode
+    with pytest.raises(OSError, match="is a link"):
+        folder.write(entry())
+    assert (list(tmp_path.iterdir()), tmp_path.stat().st_mode) == ([], before)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +160,7 @@ def test_the_file_of_a_process_whose_number_was_given_again_is_dropped() -> None
 )
 def test_a_file_of_another_version_says_what_is_needed(version: int, needed: str) -> None:
     folder.write(entry(version=version, inferkit="7.0"))
-    [kernel] = folder.kernels()
+    [kernel] = kernels()
     assert kernel.state is None
     assert "inferkit 7.0" in kernel.problem
     assert needed in kernel.problem
@@ -131,7 +170,7 @@ def test_what_a_later_version_adds_is_passed_over(runtime: Path) -> None:
     folder.write(entry())
     path = runtime / "inferkit" / "one.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mood": "fine"}))
-    [kernel] = folder.kernels()
+    [kernel] = kernels()
     assert kernel.state == entry()
 
 
@@ -140,8 +179,17 @@ def test_what_is_no_kernels_file_is_logged_and_passed_over(
 ) -> None:
     folder.write(entry())
     (runtime / "inferkit" / "two.json").write_text("{")
-    assert [kernel.kernel_id for kernel in folder.kernels()] == ["one"]
-    assert "two.json is no kernel's file" in caplog.text
+    for _ in range(3):
+        assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+    assert caplog.text.count("two.json is no kernel's file") == 1
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**70])
+def test_a_number_that_no_process_has_is_that_of_an_ended_one(pid: int, runtime: Path) -> None:
+    text = msgspec.json.encode(entry()).decode().replace(f'"pid":{os.getpid()}', f'"pid":{pid}')
+    (runtime / "inferkit").mkdir()
+    (runtime / "inferkit" / "one.json").write_text(text)
+    assert kernels() == []
 
 
 def test_fifty_kernels_are_read_in_less_than_half_a_second() -> None:
@@ -248,14 +296,14 @@ def model(tiny_model: TinyModel) -> Iterator[ik.Model]:
 
 
 def read() -> schema.KernelState:
-    [found] = folder.kernels()
+    [found] = kernels()
     assert found.state is not None, found.problem
     return found.state
 
 
 def test_a_model_is_shown_as_it_is_and_as_it_changes(status: Status, model: ik.Model) -> None:
     status.follow(model)
-    [shown] = wait_for(lambda: folder.kernels() and read().models)
+    [shown] = wait_for(lambda: kernels() and read().models)
     assert (shown.name, shown.state, shown.quantization) == ("tiny", "ready", "none")
     assert (shown.batching, shown.max_batch, shown.context) == ("continuous", 4, model.context)
     assert shown.memory == {"cpu": sum(d.weights + d.kv_cache for d in model.plan.devices)}
@@ -272,7 +320,7 @@ def test_a_model_is_shown_as_it_is_and_as_it_changes(status: Status, model: ik.M
 def test_latency_is_that_of_the_requests(status: Status, model: ik.Model) -> None:
     status.follow(model)
     gens = model.generate(["Once upon", "Paris is"] * 2, max_tokens=50, ignore_eos=True)
-    wait_for(lambda: folder.kernels() and sum((read().models[0].history or nothing).tokens) == 200)
+    wait_for(lambda: kernels() and sum((read().models[0].history or nothing).tokens) == 200)
     shown = read().models[0]
     gaps = sorted(1e3 * gap for gen in gens for gap in gen.latency.itl)
     assert shown.itl is not None
@@ -309,7 +357,7 @@ def test_writing_is_throttled_and_rests_without_news(
 def test_work_is_shown_while_it_is_done(status: Status) -> None:
     status.start()
     with status.working("Loading x") as tell:
-        wait_for(lambda: folder.kernels() and read().work == [schema.Work(what="Loading x")])
+        wait_for(lambda: kernels() and read().work == [schema.Work(what="Loading x")])
         tell("Reading", 3, 7)
         wait_for(lambda: read().work == [schema.Work(what="Loading x: Reading", done=3, total=7)])
     wait_for(lambda: read().work == [])
@@ -333,12 +381,29 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     assert model.generate("Once", max_tokens=2).finish_reason == "length"
 
 
+def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:
+    status.start()
+    wait_for(kernels)
+    (runtime / "inferkit" / "here.json").unlink()
+    wait_for(kernels)
+
+
+def test_a_file_is_written_again_from_time_to_time_without_news(
+    status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "REFRESH", 0.5)
+    status.start()
+    wait_for(kernels)
+    first = read().written
+    wait_for(lambda: read().written > first)
+
+
 def test_stopping_removes_the_file_and_ends_the_thread(status: Status, runtime: Path) -> None:
     status.start()
-    wait_for(folder.kernels)
+    wait_for(kernels)
     status.stop()
     status.stop()
-    assert folder.kernels() == []
+    assert kernels() == []
     assert list((runtime / "inferkit").iterdir()) == []
     assert status._thread is not None
     assert not status._thread.is_alive()
@@ -450,12 +515,12 @@ def started(kernel_runtime: Path, tiny_model: TinyModel) -> Iterator[Kernel]:
 def running(started: Kernel, kernel_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A kernel with a model called "tiny", which a test may change and not unload."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(kernel_runtime))
-    wait_for(folder.kernels)
+    wait_for(kernels)
     return started
 
 
 def test_a_kernel_is_shown_by_its_id_from_the_first_model_on(running: Kernel) -> None:
-    [found] = folder.kernels()
+    [found] = kernels()
     name = Path(running.manager.connection_file).stem
     assert found.kernel_id == name.removeprefix("kernel-")
     wait_for(lambda: [m.name for m in read().models] == ["tiny"])
@@ -533,9 +598,9 @@ def test_the_experiment_is_saved_and_says_why_there_is_no_link(
 
 
 def test_a_killed_kernel_is_shown_no_longer(running: Kernel, kernel_runtime: Path) -> None:
-    [found] = folder.kernels()
+    [found] = kernels()
     os.kill(found.pid, signal.SIGKILL)
-    wait_for(lambda: folder.kernels() == [])
+    wait_for(lambda: kernels() == [])
     assert list((kernel_runtime / "inferkit").iterdir()) == []
 
 

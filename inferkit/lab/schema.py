@@ -42,6 +42,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         kernel_id: Jupyter's id of the kernel.
         pid: Its process.
         started: When that process began, so that a later one of the same number is told apart.
+        host: Where that number means something: see `inferkit.lab.folder.host`.
     """
 
     version: int
@@ -49,6 +50,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     kernel_id: str
     pid: int
     started: float
+    host: str = ""
 
 
 class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,7 +234,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         time: When it was read.
         devices: Accelerators first, the CPU last.
         kernels: In the order of their ids.
-        out_of_sight: Ids of the server's kernels that run on another machine.
+        out_of_sight: Ids of kernels that run on another machine, or in another container.
     """
 
     version: int

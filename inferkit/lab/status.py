@@ -239,7 +239,7 @@ class Status:
             return
         if self._thread is not None:
             self._thread.join(timeout=5)
-        folder.remove(self._id)
+        folder.remove(self._id, self._pid)
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -254,10 +254,15 @@ class Status:
                 self._wake.wait(_IDLE)
 
     def _write(self) -> None:
-        """Write the file, if there is something new."""
+        """Write the file, if there is something new, or the last one is old or was removed."""
         state = self._read()
         former = self._written
-        if former is not None and former == msgspec.structs.replace(state, written=former.written):
+        if (
+            former is not None
+            and former == msgspec.structs.replace(state, written=former.written)
+            and state.written - former.written < folder.REFRESH
+            and folder.exists(self._id)
+        ):
             return
         try:
             folder.write(state)
@@ -283,6 +288,7 @@ class Status:
             kernel_id=self._id,
             pid=self._pid,
             started=self._started,
+            host=folder.host(),
             written=time.time(),
             notebook=os.environ.get("JPY_SESSION_NAME", ""),
             models=models,

@@ -16,7 +16,7 @@ export interface Report {
  *     time: When it was read.
  *     devices: Accelerators first, the CPU last.
  *     kernels: In the order of their ids.
- *     out_of_sight: Ids of the server's kernels that run on another machine.
+ *     out_of_sight: Ids of kernels that run on another machine, or in another container.
  */
 export interface State {
   version: number;
@@ -91,6 +91,7 @@ export interface KernelState {
   kernel_id: string;
   pid: number;
   started: number;
+  host: string;
   written: number;
   notebook: string;
   models: ModelState[];

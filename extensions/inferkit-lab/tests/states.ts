@@ -42,6 +42,7 @@ export function kernel(id: string, ...models: ModelState[]): Kernel {
       kernel_id: id,
       pid: 1,
       started: 0,
+      host: 'here',
       written: 0,
       notebook: `folder/${id}.ipynb`,
       models,
