@@ -46,6 +46,7 @@ CELLS = (
 LOAD, GENERATE, MODES, PROMPT, COMPLETE = range(len(CELLS))
 
 NOTEBOOK = "jupyterapp.shell.currentWidget"
+KERNEL = f"{NOTEBOOK}.sessionContext.session.kernel"
 
 
 # -- the wheel, without node -----------------------------------------------------------------------
@@ -181,6 +182,12 @@ def run(sidebar: Sidebar, cell: int, pattern: str) -> str:
     return output.last.inner_text()
 
 
+def execute(sidebar: Sidebar, code: str) -> None:
+    """Run code in the kernel of the notebook in front, beside its cells; it must go well."""
+    status = f"{KERNEL}.requestExecute({{code}}).done.then(reply => reply.content.status)"
+    assert sidebar.tab.page.evaluate(f"code => {status}", code) == "ok"
+
+
 # -- looking ---------------------------------------------------------------------------------------
 
 
@@ -217,8 +224,7 @@ def test_the_sparkline_moves_while_a_cell_blocks_and_stop_ends_it(sidebar: Sideb
     assert float(figures["ITL ms"]) > 0
     assert float(figures["TTFT ms"]) > 0
     assert float(figures["tok/s"]) > 0
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    assert sidebar.tab.page.evaluate(f"{kernel}.status") == "busy"
+    assert sidebar.tab.page.evaluate(f"{KERNEL}.status") == "busy"
     sidebar.button("Stop", model).click()
     sidebar.tab.wait_for_output(GENERATE, r"cancelled \d+")
     expect(model.locator(".jp-Inferkit-requests")).to_have_text("0 running, 0 waiting")
@@ -310,24 +316,17 @@ def test_clicks_leave_no_connection_and_no_subshell_behind(sidebar: Sidebar) -> 
         expect(model.get_by_label("Batching of demo")).to_be_enabled()
     assert len(opened) == 3
     wait_for(lambda: (page.wait_for_timeout(50), all(ws.is_closed() for ws in opened))[1])
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    shells = f"{kernel}.requestListSubshell({{}}).done.then(reply => reply.content.subshell_id)"
+    shells = f"{KERNEL}.requestListSubshell({{}}).done.then(reply => reply.content.subshell_id)"
     assert page.evaluate(shells) == []
 
 
 def test_a_kernel_with_an_older_inferkit_says_which_is_needed(sidebar: Sidebar) -> None:
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    page = sidebar.tab.page
-
-    def execute(code: str) -> None:
-        page.evaluate(f"code => {kernel}.requestExecute({{code}}).done", code)
-
-    execute("import sys; kept = sys.modules.pop('inferkit.notebook.actions')")
-    execute("sys.modules['inferkit.notebook.actions'] = None")
+    execute(sidebar, "import sys; kept = sys.modules.pop('inferkit.notebook.actions')")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = None")
     sidebar.model("first.ipynb", "demo").get_by_label("Batching of demo").select_option("off")
     told = sidebar.kernel("first.ipynb").locator(".jp-Inferkit-told")
     expect(told).to_contain_text(f"This kernel has inferkit {ik.__version__}, and 0.1.0 or later")
-    execute("sys.modules['inferkit.notebook.actions'] = kept")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = kept")
     told.get_by_label("Dismiss").click()
 
 
@@ -395,9 +394,9 @@ def test_the_experiment_is_shared_from_the_menu(sidebar: Sidebar) -> None:
     front(sidebar, "second.ipynb")
     hidden = "jupyterapp.commands.isEnabled('inferkit:share')"
     assert not page.evaluate(hidden)
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    code = "with ik.record('mine', progress=False):\n    model.generate('Once', max_tokens=4)"
-    page.evaluate(f"code => {kernel}.requestExecute({{code}}).done", code)
+    execute(
+        sidebar, "with ik.record('mine', progress=False):\n    model.generate('Once', max_tokens=4)"
+    )
     page.wait_for_function(hidden)
     page.get_by_role("menuitem", name="Kernel").click()
     page.locator(".lm-Menu-item:has-text('Inference')").hover()
@@ -409,6 +408,25 @@ def test_the_experiment_is_shared_from_the_menu(sidebar: Sidebar) -> None:
     )
     dialog.get_by_role("button", name="Close").click()
     assert ik.open(sidebar.lab.folder / "mine.inferkit.json").complete
+
+
+def test_a_recording_that_runs_is_ended_by_sharing_only_when_that_is_confirmed(
+    sidebar: Sidebar,
+) -> None:
+    page = sidebar.tab.page
+    front(sidebar, "second.ipynb")
+    execute(sidebar, "going = ik.record('going', progress=False)\ngoing.start()")
+    row = sidebar.kernel("second.ipynb")
+    sidebar.button("Share experiment “going”", row).click()
+    dialog = page.locator(".jp-Dialog:has-text('Share experiment')")
+    expect(dialog).to_contain_text("'going' is still being recorded. End it?")
+    dialog.get_by_role("button", name="Cancel").click()
+    execute(sidebar, "assert going.running")
+    sidebar.button("Share experiment “going”", row).click()
+    dialog.get_by_role("button", name="End and share").click()
+    expect(dialog).to_contain_text("Ended the recording and saved 'going' to going.inferkit.json")
+    dialog.get_by_role("button", name="Close").click()
+    assert ik.open(sidebar.lab.folder / "going.inferkit.json").complete
 
 
 def test_the_launcher_makes_a_notebook_with_the_panel(sidebar: Sidebar) -> None:
@@ -522,7 +540,7 @@ def test_unloading_gives_the_memory_back(sidebar: Sidebar) -> None:
 
 
 def test_restarting_a_kernel_removes_its_row(sidebar: Sidebar) -> None:
-    sidebar.tab.page.evaluate(f"{NOTEBOOK}.sessionContext.session.kernel.restart()")
+    sidebar.tab.page.evaluate(f"{KERNEL}.restart()")
     expect(sidebar.kernel("first.ipynb")).to_have_count(0)
     expect(sidebar.kernels).to_have_count(1)
 

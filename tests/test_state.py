@@ -597,6 +597,20 @@ def test_the_experiment_is_saved_and_says_why_there_is_no_link(
     assert "There is no link to it" in answer.notes[0]
 
 
+def test_a_recording_that_runs_is_ended_only_if_that_was_said(running: Kernel) -> None:
+    running.run("going = ik.record('going', overwrite=True, progress=False)\ngoing.start()")
+    wait_for(lambda: (read().experiment, read().recording) == ("going", True))
+    refused = running.do("share")
+    assert (refused.ok, refused.kind) == (False, "StillRecording")
+    assert refused.text == "'going' is still being recorded. End it?"
+    running.run("assert going.running")
+    answer = running.do("share", end=True)
+    assert answer.ok
+    assert answer.text.startswith("Ended the recording and saved 'going' to ")
+    running.run("assert not going.running")
+    wait_for(lambda: not read().recording)
+
+
 def test_a_killed_kernel_is_shown_no_longer(running: Kernel, kernel_runtime: Path) -> None:
     [found] = kernels()
     os.kill(found.pid, signal.SIGKILL)

@@ -165,6 +165,7 @@ class KernelState(Head, frozen=True, kw_only=True):
         work: What is being done, in the order of beginning.
         actions: Names of what `inferkit.notebook.actions` can do in this kernel.
         experiment: The name of the experiment that was recorded last, or is being; or None.
+        recording: Whether it is being recorded.
     """
 
     written: float
@@ -174,6 +175,7 @@ class KernelState(Head, frozen=True, kw_only=True):
     work: list[Work]
     actions: list[str]
     experiment: str | None
+    recording: bool = False
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

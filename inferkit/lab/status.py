@@ -296,11 +296,13 @@ class Status:
             work=list(self._work),
             actions=list(ACTIONS),
             experiment=_recorded,
+            recording=_recording,
         )
 
 
 _status: Status | None = None
 _recorded: str | None = None
+_recording = False
 _making = threading.Lock()
 
 
@@ -324,10 +326,10 @@ def follow(model: Model) -> None:
         status.follow(model)
 
 
-def recorded(name: str) -> None:
-    """Show that an experiment of this name is there to be shared."""
-    global _recorded
-    _recorded = name
+def recorded(name: str, running: bool) -> None:
+    """Show that an experiment of this name is there to be shared, or is still being recorded."""
+    global _recorded, _recording
+    _recorded, _recording = name, running
     if _status is not None:
         _status.look()
 

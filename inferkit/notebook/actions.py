@@ -58,7 +58,7 @@ def do(action: str, /, **arguments: Any) -> Told:
         action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
         arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
             keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
-            `inferkit.Model.configure`; ``share``: none.
+            `inferkit.Model.configure`; ``share``: ``end``, whether to end a recording that runs.
     """
     work = _ACTIONS.get(action)
     try:
@@ -129,15 +129,20 @@ def _give_code(model: str) -> Answer:
     return Answer(ok=True, text=f"A cell that loads {model!r} as it is.", code=_code(_model(model)))
 
 
-def _share() -> Answer:
+def _share(end: bool = False) -> Answer:
     recording = latest()
     if recording is None:
         raise OptionError(
             "Nothing was recorded in this kernel. Run what is to be shared within "
             "`with ik.record('name'):`, or after %infer record 'name'."
         )
+    running = recording.running
+    if running and not end:
+        asked = f"{recording.experiment.name!r} is still being recorded. End it?"
+        return Answer(ok=False, text=asked, kind="StillRecording")
     experiment = recording.stop()  # the file is whole only then
-    text = f"Saved {experiment.name!r} to {experiment.path}."
+    done = "Ended the recording and saved" if running else "Saved"
+    text = f"{done} {experiment.name!r} to {experiment.path}."
     try:
         link = ik.binder_link(experiment=experiment)
     except OptionError as error:

@@ -25,7 +25,7 @@ import { commandIds, inferenceIcon } from './names';
 import { promptCells } from './prompts';
 import type { Answer, Kernel } from './schema';
 import { fetchState } from './server';
-import { showShared } from './share';
+import { share } from './share';
 import { InferenceSidebar } from './sidebar';
 import { InferenceStatus } from './status';
 import { PanelTab, type TabOptions } from './tab';
@@ -188,7 +188,7 @@ function activate(
       inNotebook(kernelId, panel => insert(panel, code, false));
     },
     share: kernelId => {
-      void perform(kernelId, 'share').then(showShared);
+      void share(given => perform(kernelId, 'share', given));
     },
     create: () => {
       void commands.execute(commandIds.create);

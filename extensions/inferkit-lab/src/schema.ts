@@ -84,6 +84,7 @@ export interface Kernel {
  *     work: What is being done, in the order of beginning.
  *     actions: Names of what `inferkit.notebook.actions` can do in this kernel.
  *     experiment: The name of the experiment that was recorded last, or is being; or None.
+ *     recording: Whether it is being recorded.
  */
 export interface KernelState {
   version: number;
@@ -99,6 +100,7 @@ export interface KernelState {
   work: Work[];
   actions: string[];
   experiment: string | null;
+  recording: boolean;
 }
 /**
  * A loaded model.

@@ -498,8 +498,8 @@ function KernelView(props: KernelProps): JSX.Element {
       ))}
       {state && kernel.here && canShare(state) && (
         <button
-          className="jp-Inferkit-button jp-mod-small"
-          title="End and save the recording, and make the link that opens it on Binder"
+          className="jp-Inferkit-button jp-mod-small jp-Inferkit-shares"
+          title={`${state.recording ? 'End the recording, save it' : 'Save it'}, and make the link that opens it on Binder`}
           onClick={() => {
             deeds.share(id);
           }}

@@ -49,7 +49,8 @@ export function kernel(id: string, ...models: ModelState[]): Kernel {
       devices: [],
       work: [],
       actions: ['share'],
-      experiment: null
+      experiment: null,
+      recording: false
     }
   };
 }
