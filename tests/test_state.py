@@ -14,6 +14,7 @@ import types
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,26 @@ def test_an_accelerator_without_nvml_is_what_its_kernels_wrote_last(
     assert sorted(s.kernel_id for s in gpu.kernels) == ["k1", "k2"]
 
 
+def test_the_cpu_is_busy_since_the_look_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, spent = [1000.0], [(0.0, 0.0)]
+    monkeypatch.setattr(machine, "_load", machine._Load())
+    monkeypatch.setattr(machine, "_cpu_times", lambda: spent[0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+
+    def utilization(seconds: float, busy: float) -> float | None:
+        """After some seconds, of which two processors were busy for some."""
+        before = spent[0]
+        now[0] += seconds
+        spent[0] = (before[0] + busy, before[1] + 2 * seconds)
+        return machine.attached([])[-1].utilization
+
+    assert utilization(0, 0) is None  # the first look knows nothing
+    assert utilization(1, 0.5) == 25
+    assert utilization(0.1, 0.2) == 25  # another window's, too soon to tell anything
+    assert utilization(0.9, 1.8) == 100
+    assert utilization(3600, 0) is None  # not the mean of an hour
+
+
 # -- what a kernel writes --------------------------------------------------------------------------
 
 
@@ -458,6 +479,13 @@ class Kernel:
         reply = self.client.execute(code, reply=True, timeout=SECONDS, store_history=False)
         assert reply["content"]["status"] == "ok", reply["content"]
 
+    def another(self) -> Kernel:
+        """The same kernel, over a connection of its own."""
+        client = BlockingKernelClient(connection_file=self.manager.connection_file)
+        client.load_connection_file()
+        client.start_channels()
+        return Kernel(self.manager, client)
+
     def start(self, code: str) -> None:
         """Begin to run code that lasts."""
         self.client.execute(code)
@@ -544,6 +572,30 @@ def test_numbers_move_while_a_cell_blocks_and_a_click_stops_it(running: Kernel) 
     assert answer.ok
     assert answer.text.startswith("Stopped 1 request of 'tiny'")
     wait_for(lambda: read().models[0].running == 0)
+
+
+def test_a_change_that_waits_says_so_and_can_be_cancelled_alone(running: Kernel) -> None:
+    running.start(LONG)
+    wait_for(lambda: read().models[0].running == 1)
+    before = read().models[0].quantization
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(running.another().do, "quantize", model="tiny", mode="nf4")
+        what = "Changing tiny to nf4: Waiting for 1 request"
+        [work] = wait_for(lambda: [w for w in read().work if w.what == what])
+        assert not running.do("cancel", work=work.id + 1).ok  # another's
+        assert not answer.done()
+        assert running.do("cancel", work=work.id).ok
+        assert answer.result(SECONDS).text == "Cancelled."
+    assert read().work == []
+    assert (read().models[0].running, read().models[0].quantization) == (1, before)
+    running.do("stop", model="tiny")
+    assert running.do("cancel", work=work.id).text == "It has ended already."
+
+
+def test_a_change_is_in_the_file_when_it_is_answered(running: Kernel) -> None:
+    for batching in ("static", "continuous"):
+        assert running.do("batching", model="tiny", batching=batching).ok
+        assert (read().models[0].batching, read().work) == (batching, [])
 
 
 def test_modes_are_changed_by_clicks(running: Kernel) -> None:

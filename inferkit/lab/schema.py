@@ -147,11 +147,13 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         what: In words.
         done: Steps that are done.
         total: All steps, where that is known.
+        id: What `cancel` is given to end it; 0 where it cannot be ended.
     """
 
     what: str
     done: int = 0
     total: int | None = None
+    id: int = 0
 
 
 class KernelState(Head, frozen=True, kw_only=True):

@@ -181,6 +181,7 @@ class Status:
         self._meters: list[_Meter] = []
         self._work: list[Work] = []
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._wake, self._ended = threading.Event(), threading.Event()
         self._written: KernelState | None = None
         self._failed = False
@@ -210,13 +211,20 @@ class Status:
         self._wake.set()
 
     @contextmanager
-    def working(self, what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-        """Show meanwhile that something is being done; gives what may be told of its progress."""
-        mine = [Work(what=what)]
+    def working(
+        self, what: str, number: int = 0
+    ) -> Iterator[Callable[[str, int, int | None], None]]:
+        """Show meanwhile that something is being done; gives what may be told of its progress.
+
+        Args:
+            what: In words.
+            number: By which it can be cancelled; 0 where it cannot.
+        """
+        mine = [Work(what=what, id=number)]
         self._replace(None, mine[0])
 
         def tell(step: str, done: int, total: int | None) -> None:
-            told = Work(what=f"{what}: {step}" if step else what, done=done, total=total)
+            told = Work(what=f"{what}: {step}" if step else what, done=done, total=total, id=number)
             self._replace(mine[0], told)
             mine[0] = told
 
@@ -239,14 +247,24 @@ class Status:
             return
         if self._thread is not None:
             self._thread.join(timeout=5)
-        folder.remove(self._id, self._pid)
+        with self._writing:
+            folder.remove(self._id, self._pid)
+
+    def write(self) -> None:
+        """Write the file now, if there is something new: whoever reads next must see it.
+
+        Otherwise the thread does, once a second while something goes on.
+        """
+        with self._writing:
+            if self._thread is not None and not self._ended.is_set():
+                self._write()
 
     # -- the thread -----------------------------------------------------------------------------
 
     def _loop(self) -> None:
         while not self._ended.is_set():
             self._wake.clear()
-            self._write()
+            self.write()
             busy = self._work or any(meter.busy for meter in self._meters)
             if busy:
                 self._ended.wait(_BUSY)

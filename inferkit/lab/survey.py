@@ -29,7 +29,7 @@ def survey(
     Args:
         here: Ids of the kernels of this machine that whoever reads can reach.
         out_of_sight: Ids of those that it has on another.
-        pause: Seconds to watch the CPU; None for the time since the last call.
+        pause: Seconds to watch the CPU; None for the time since it was last looked at.
     """
     kernels, elsewhere = folder.read(here)
     return State(

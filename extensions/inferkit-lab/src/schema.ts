@@ -195,11 +195,13 @@ export interface OnDevice {
  *     what: In words.
  *     done: Steps that are done.
  *     total: All steps, where that is known.
+ *     id: What `cancel` is given to end it; 0 where it cannot be ended.
  */
 export interface Work {
   what: string;
   done: number;
   total: number | null;
+  id: number;
 }
 /**
  * What an action in a kernel gives: see `inferkit.notebook.actions`.
