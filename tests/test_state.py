@@ -431,7 +431,10 @@ def test_stopping_removes_the_file_and_ends_the_thread(status: Status, runtime: 
 
 
 def test_outside_of_a_kernel_nothing_is_written(model: ik.Model, runtime: Path) -> None:
+    model.generate("Once", max_tokens=2)
+    time.sleep(1)
     assert not (runtime / "inferkit").exists()
+    assert statuses.here() is None
 
 
 # -- the command line ------------------------------------------------------------------------------
