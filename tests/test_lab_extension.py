@@ -409,7 +409,7 @@ def test_clicks_leave_no_connection_and_no_subshell_behind(sidebar: Sidebar) -> 
 
 
 def test_a_kernel_with_an_older_inferkit_says_which_is_needed(sidebar: Sidebar) -> None:
-    execute(sidebar, "import sys; kept = sys.modules.pop('inferkit.notebook.actions')")
+    execute(sidebar, "import sys, inferkit.notebook.actions as kept")
     execute(sidebar, "sys.modules['inferkit.notebook.actions'] = None")
     sidebar.model("first.ipynb", "demo").get_by_label("Batching of demo").select_option("off")
     told = sidebar.kernel("first.ipynb").locator(".jp-Inferkit-told")

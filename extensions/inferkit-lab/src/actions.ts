@@ -27,7 +27,6 @@ export async function act(
       return refusal('This kernel no longer runs.');
     }
     kernel = kernels.connectTo({ model, handleComms: false });
-    await soon(status(kernel, 'connected'));
     return await Promise.race([ask(kernel, name, given), lost(kernel)]);
   } catch (error) {
     return refusal(messageOf(error));
@@ -79,6 +78,7 @@ export async function onSubshell<T>(
   kernel: Kernel.IKernelConnection,
   work: (subshell: string | null) => Promise<T>
 ): Promise<T> {
+  await soon(status(kernel, 'connected'));
   const info = await control<KernelMessage.IInfoReply>(
     kernel,
     'kernel_info_request'
