@@ -1,10 +1,15 @@
-import { KernelMessage, type Kernel } from '@jupyterlab/services';
+import {
+  KernelMessage,
+  ServerConnection,
+  type Kernel
+} from '@jupyterlab/services';
 import type { JSONObject } from '@lumino/coreutils';
 import { answerOf, asked, refusal, type Evaluated } from './answers';
 import type { Answer } from './schema';
 import { messageOf } from './watch';
 
 const PATIENCE = 10_000; // milliseconds until a server is held to be gone
+const SILENT = 'The Jupyter server does not answer.';
 
 /**
  * Have a kernel do something: see inferkit/notebook/actions.py.
@@ -29,7 +34,8 @@ export async function act(
     kernel = kernels.connectTo({ model, handleComms: false });
     return await Promise.race([ask(kernel, name, given), lost(kernel)]);
   } catch (error) {
-    return refusal(messageOf(error));
+    const gone = error instanceof ServerConnection.NetworkError;
+    return refusal(gone ? SILENT : messageOf(error));
   } finally {
     kernel?.dispose();
   }
@@ -39,7 +45,7 @@ export async function act(
 function soon<T>(promised: Promise<T>): Promise<T> {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => {
-      reject(new Error('The Jupyter server does not answer.'));
+      reject(new Error(SILENT));
     }, PATIENCE);
     promised.then(resolve, reject).finally(() => {
       clearTimeout(timer);
