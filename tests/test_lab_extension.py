@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,7 @@ CELLS = (
 LOAD, GENERATE, MODES, PROMPT, COMPLETE = range(len(CELLS))
 
 NOTEBOOK = "jupyterapp.shell.currentWidget"
+KERNEL = f"{NOTEBOOK}.sessionContext.session.kernel"
 
 
 # -- the wheel, without node -----------------------------------------------------------------------
@@ -181,6 +183,12 @@ def run(sidebar: Sidebar, cell: int, pattern: str) -> str:
     return output.last.inner_text()
 
 
+def execute(sidebar: Sidebar, code: str) -> None:
+    """Run code in the kernel of the notebook in front, beside its cells; it must go well."""
+    status = f"{KERNEL}.requestExecute({{code}}).done.then(reply => reply.content.status)"
+    assert sidebar.tab.page.evaluate(f"code => {status}", code) == "ok"
+
+
 # -- looking ---------------------------------------------------------------------------------------
 
 
@@ -203,22 +211,29 @@ def test_the_sparkline_moves_while_a_cell_blocks_and_stop_ends_it(sidebar: Sideb
     sidebar.tab.run(GENERATE)
     line.first.wait_for(state="attached")
     expect(model.locator(".jp-Inferkit-requests")).to_have_text("1 running, 0 waiting")
-    seen = set()
 
-    def moved() -> bool:
+    def shown() -> tuple[str, int]:
+        """What is drawn, and the tokens that it is drawn from."""
         paths = line.evaluate_all("all => all.map(path => path.getAttribute('d')).join(' ')")
-        seen.add(paths)
-        return len(seen) >= 4
+        [demo] = [
+            m
+            for k in sidebar.state().kernels
+            if k.state
+            for m in k.state.models
+            if m.name == "demo"
+        ]
+        assert demo.history is not None
+        return paths, sum(demo.history.tokens)
 
-    wait_for(moved)
+    paths, tokens = shown()
+    wait_for(lambda: (now := shown())[0] != paths and now[1] > tokens)
     figures = dict(
         zip(model.locator("dt").all_inner_texts(), model.locator("dd").all_inner_texts())
     )
     assert float(figures["ITL ms"]) > 0
     assert float(figures["TTFT ms"]) > 0
     assert float(figures["tok/s"]) > 0
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    assert sidebar.tab.page.evaluate(f"{kernel}.status") == "busy"
+    assert sidebar.tab.page.evaluate(f"{KERNEL}.status") == "busy"
     sidebar.button("Stop", model).click()
     sidebar.tab.wait_for_output(GENERATE, r"cancelled \d+")
     expect(model.locator(".jp-Inferkit-requests")).to_have_text("0 running, 0 waiting")
@@ -250,6 +265,66 @@ def test_nothing_is_asked_while_nobody_looks(sidebar: Sidebar) -> None:
     wait_for(lambda: (page.wait_for_timeout(50), len(asked) >= 1)[1])
 
 
+def test_it_is_shown_and_hidden_by_its_shortcut_and_from_the_palette(sidebar: Sidebar) -> None:
+    page = sidebar.tab.page
+    page.locator("body").press("Alt+Shift+I")
+    expect(sidebar.root).to_be_hidden()
+    page.locator("body").press("Alt+Shift+I")
+    expect(sidebar.root).to_be_visible()
+    sidebar.tab.command("apputils:activate-command-palette")
+    page.locator(".lm-CommandPalette-input").fill("Show Inference")
+    page.keyboard.press("Enter")
+    expect(sidebar.root).to_be_hidden()
+
+
+def test_a_setting_holds_at_once(sidebar: Sidebar) -> None:
+    page = sidebar.tab.page
+    item = page.locator(".jp-Inferkit-status")
+    expect(item).to_be_visible()
+    sidebar.tab.command("settingeditor:open", {"query": "Inference"})
+    box = page.get_by_label("Show memory and tokens/s in the status bar")
+    box.uncheck()
+    expect(item).to_have_count(0)
+    box.check()
+    expect(item).to_be_visible()
+    sidebar.tab.command("application:close")
+
+
+def test_on_the_right_it_is_shown_and_hidden_and_asks_only_while_it_is_seen(
+    sidebar: Sidebar,
+) -> None:
+    page = sidebar.tab.page
+    move = """side => {
+      const shell = jupyterapp.shell;
+      const all = ['left', 'right'].flatMap(side => [...shell.widgets(side)]);
+      shell.add(all.find(widget => widget.id === 'inferkit-lab'), side);
+    }"""
+    asked: list[str] = []
+    page.on("request", lambda sent: asked.append(sent.url) if STATE in sent.url else None)
+    sidebar.tab.command("statusbar:toggle")
+    try:
+        page.evaluate(move, "right")
+        expect(sidebar.root).to_be_hidden()
+        page.wait_for_timeout(500)
+        asked.clear()
+        page.wait_for_timeout(2500)
+        assert asked == []
+        sidebar.tab.command("inferkit:show")
+        expect(sidebar.root).to_be_visible()
+        assert page.evaluate("jupyterapp.shell.rightCollapsed") is False
+        asked.clear()
+        wait_for(lambda: (page.wait_for_timeout(50), len(asked) >= 2)[1])
+        sidebar.tab.command("inferkit:show")
+        expect(sidebar.root).to_be_hidden()
+        page.wait_for_timeout(500)
+        asked.clear()
+        page.wait_for_timeout(2500)
+        assert asked == []
+    finally:
+        page.evaluate(move, "left")
+        sidebar.tab.command("statusbar:toggle")
+
+
 # -- changing --------------------------------------------------------------------------------------
 
 
@@ -267,6 +342,25 @@ def test_choices_in_the_sidebar_change_the_kernels_model(sidebar: Sidebar) -> No
     expect(most).to_have_value("2")
     expect(most).to_be_enabled()
     assert run(sidebar, MODES, r"^now").split() == ["now", "int8wo", "static", "2"]
+
+
+def test_a_change_during_a_request_waits_and_can_be_cancelled(sidebar: Sidebar) -> None:
+    model = sidebar.model("first.ipynb", "demo")
+    choice = model.get_by_label("Precision of demo")
+    before = choice.input_value()
+    sidebar.tab.run(GENERATE)
+    expect(model.locator(".jp-Inferkit-requests")).to_have_text("1 running, 0 waiting")
+    choice.select_option("nf4")
+    row = sidebar.kernel("first.ipynb")
+    expect(row.locator(".jp-Inferkit-work")).to_contain_text("nf4: Waiting for 1 request")
+    sidebar.button("Cancel", row).click()
+    told = row.locator(".jp-Inferkit-told")
+    expect(told).to_contain_text("Cancelled.")
+    expect(choice).to_be_enabled()
+    expect(choice).to_have_value(before)
+    told.get_by_label("Dismiss").click()
+    sidebar.button("Stop", model).click()
+    sidebar.tab.wait_for_output(GENERATE, r"cancelled \d+")
 
 
 def test_what_a_kernel_refuses_is_said_and_can_be_dismissed(sidebar: Sidebar) -> None:
@@ -310,24 +404,17 @@ def test_clicks_leave_no_connection_and_no_subshell_behind(sidebar: Sidebar) -> 
         expect(model.get_by_label("Batching of demo")).to_be_enabled()
     assert len(opened) == 3
     wait_for(lambda: (page.wait_for_timeout(50), all(ws.is_closed() for ws in opened))[1])
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    shells = f"{kernel}.requestListSubshell({{}}).done.then(reply => reply.content.subshell_id)"
+    shells = f"{KERNEL}.requestListSubshell({{}}).done.then(reply => reply.content.subshell_id)"
     assert page.evaluate(shells) == []
 
 
 def test_a_kernel_with_an_older_inferkit_says_which_is_needed(sidebar: Sidebar) -> None:
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    page = sidebar.tab.page
-
-    def execute(code: str) -> None:
-        page.evaluate(f"code => {kernel}.requestExecute({{code}}).done", code)
-
-    execute("import sys; kept = sys.modules.pop('inferkit.notebook.actions')")
-    execute("sys.modules['inferkit.notebook.actions'] = None")
+    execute(sidebar, "import sys, inferkit.notebook.actions as kept")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = None")
     sidebar.model("first.ipynb", "demo").get_by_label("Batching of demo").select_option("off")
     told = sidebar.kernel("first.ipynb").locator(".jp-Inferkit-told")
     expect(told).to_contain_text(f"This kernel has inferkit {ik.__version__}, and 0.1.0 or later")
-    execute("sys.modules['inferkit.notebook.actions'] = kept")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = kept")
     told.get_by_label("Dismiss").click()
 
 
@@ -349,6 +436,23 @@ def test_the_panel_opens_in_a_tab_and_is_there_after_a_reload(sidebar: Sidebar) 
     sidebar.model("first.ipynb", "demo").wait_for()
     page.locator(".lm-TabBar-tab:has-text('tiny') .lm-TabBar-tabCloseIcon").click()
     expect(page.locator(".jp-Inferkit-tab")).to_have_count(0)
+
+
+def test_the_panel_opens_in_a_tab_while_a_cell_runs(sidebar: Sidebar) -> None:
+    page = sidebar.tab.page
+    model = sidebar.model("first.ipynb", "demo")
+    sidebar.tab.run(GENERATE)
+    expect(model.locator(".jp-Inferkit-requests")).to_have_text("1 running, 0 waiting")
+    sidebar.button("Panel", model).click()
+    tab = page.locator(".jp-Inferkit-tab")
+    expect(tab.locator(".inferkit-panel .ik-about")).to_contain_text("demo is loaded")
+    expect(model.locator(".jp-Inferkit-requests")).to_have_text("1 running, 0 waiting")
+    sidebar.button("Stop", model).click()
+    expect(model.locator(".jp-Inferkit-requests")).to_have_text("0 running, 0 waiting")
+    tab.locator("textarea").first.wait_for()
+    page.locator(".lm-TabBar-tab:has-text('demo') .lm-TabBar-tabCloseIcon").click()
+    expect(tab).to_have_count(0)
+    front(sidebar, "first.ipynb")
 
 
 def test_cells_of_the_magic_are_highlighted_as_markdown(sidebar: Sidebar) -> None:
@@ -393,12 +497,9 @@ def test_the_toolbar_button_inserts_the_panel(sidebar: Sidebar) -> None:
 def test_the_experiment_is_shared_from_the_menu(sidebar: Sidebar) -> None:
     page = sidebar.tab.page
     front(sidebar, "second.ipynb")
-    hidden = "jupyterapp.commands.isEnabled('inferkit:share')"
-    assert not page.evaluate(hidden)
-    kernel = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
-    code = "with ik.record('mine', progress=False):\n    model.generate('Once', max_tokens=4)"
-    page.evaluate(f"code => {kernel}.requestExecute({{code}}).done", code)
-    page.wait_for_function(hidden)
+    execute(
+        sidebar, "with ik.record('mine', progress=False):\n    model.generate('Once', max_tokens=4)"
+    )
     page.get_by_role("menuitem", name="Kernel").click()
     page.locator(".lm-Menu-item:has-text('Inference')").hover()
     page.locator(".lm-Menu-item:has-text('Share Experiment')").click()
@@ -409,6 +510,25 @@ def test_the_experiment_is_shared_from_the_menu(sidebar: Sidebar) -> None:
     )
     dialog.get_by_role("button", name="Close").click()
     assert ik.open(sidebar.lab.folder / "mine.inferkit.json").complete
+
+
+def test_a_recording_that_runs_is_ended_by_sharing_only_when_that_is_confirmed(
+    sidebar: Sidebar,
+) -> None:
+    page = sidebar.tab.page
+    front(sidebar, "second.ipynb")
+    execute(sidebar, "going = ik.record('going', progress=False)\ngoing.start()")
+    row = sidebar.kernel("second.ipynb")
+    sidebar.button("Share experiment “going”", row).click()
+    dialog = page.locator(".jp-Dialog:has-text('Share experiment')")
+    expect(dialog).to_contain_text("'going' is still being recorded. End it?")
+    dialog.get_by_role("button", name="Cancel").click()
+    execute(sidebar, "assert going.running")
+    sidebar.button("Share experiment “going”", row).click()
+    dialog.get_by_role("button", name="End and share").click()
+    expect(dialog).to_contain_text("Ended the recording and saved 'going' to going.inferkit.json")
+    dialog.get_by_role("button", name="Close").click()
+    assert ik.open(sidebar.lab.folder / "going.inferkit.json").complete
 
 
 def test_the_launcher_makes_a_notebook_with_the_panel(sidebar: Sidebar) -> None:
@@ -522,7 +642,7 @@ def test_unloading_gives_the_memory_back(sidebar: Sidebar) -> None:
 
 
 def test_restarting_a_kernel_removes_its_row(sidebar: Sidebar) -> None:
-    sidebar.tab.page.evaluate(f"{NOTEBOOK}.sessionContext.session.kernel.restart()")
+    sidebar.tab.page.evaluate(f"{KERNEL}.restart()")
     expect(sidebar.kernel("first.ipynb")).to_have_count(0)
     expect(sidebar.kernels).to_have_count(1)
 
@@ -541,3 +661,32 @@ def test_a_killed_kernel_is_shown_no_longer(sidebar: Sidebar) -> None:
     os.kill(kernel.pid, 9)
     expect(sidebar.kernels).to_have_count(0)
     expect(sidebar.root).to_contain_text("No kernel has a model.")
+
+
+def test_a_server_that_hangs_or_is_started_again_is_told_apart_from_one_that_answers(
+    browser: Browser, installed: Installed, tmp_path: Path
+) -> None:
+    home, folder = tmp_path / "home", tmp_path / "notebooks"
+    folder.mkdir()
+    variables = installed.variables | {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}
+    page = browser.new_page()
+    root = page.locator("#inferkit-lab")
+    gone = root.get_by_text("The Jupyter server does not answer.")
+    with serve(home, folder, installed.python, variables) as lab:
+        page.goto(f"{lab.url}/lab/workspaces/again?reset")
+        page.wait_for_function("window.jupyterapp !== undefined")
+        page.evaluate("jupyterapp.restored")
+        page.evaluate("jupyterapp.shell.activateById('inferkit-lab')")
+        expect(root).to_contain_text("No kernel has a model.")
+        os.kill(lab.pid, signal.SIGSTOP)
+        try:
+            expect(gone).to_be_visible()
+        finally:
+            os.kill(lab.pid, signal.SIGCONT)
+        expect(gone).to_have_count(0)
+    expect(gone).to_be_visible()
+    port = int(lab.url.rpartition(":")[2])
+    with serve(home, folder, installed.python, variables, port):
+        expect(gone).to_have_count(0, timeout=20_000)
+        expect(root).to_contain_text("No kernel has a model.")
+    page.close()

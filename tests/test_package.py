@@ -125,6 +125,25 @@ def test_every_error_is_public_and_derives_from_the_root() -> None:
         assert issubclass(getattr(errors, name), ik.InferkitError)
 
 
+def test_a_development_build_of_the_extension_is_built_anew_for_a_wheel(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(root / "extensions")
+    import labextension
+
+    monkeypatch.setattr(labextension, "FOLDER", tmp_path)
+    monkeypatch.setattr(labextension, "BUILT", tmp_path / "labextension")
+    for name in labextension._SOURCES:
+        (tmp_path / name).touch()
+    assert labextension.stale()
+    built = tmp_path / "labextension" / "static"
+    built.mkdir(parents=True)
+    (built / "style.js").touch()
+    assert not labextension.stale()
+    (built / "lib_index_js.1.js.map").touch()  # what `watch` writes beside
+    assert labextension.stale()
+
+
 def test_imports_point_one_way(root: Path) -> None:
     assert "0 broken" in run([str(Path(sys.executable).with_name("lint-imports"))], root)
 

@@ -14,6 +14,7 @@ import types
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     return path
 
 
+def kernels(here: frozenset[str] = frozenset()) -> list[schema.Kernel]:
+    return folder.read(here).kernels
+
+
 def entry(**changes: Any) -> schema.KernelState:
     """The file of a kernel that this process is."""
     pid = changes.get("pid", os.getpid())
@@ -61,6 +66,7 @@ def entry(**changes: Any) -> schema.KernelState:
         "kernel_id": "one",
         "pid": pid,
         "started": psutil.Process(pid).create_time(),
+        "host": folder.host(),
         "written": 1.0,
         "notebook": "folder/a.ipynb",
         "models": [],
@@ -94,26 +100,60 @@ def test_only_the_owner_can_read_a_file_and_its_folder(runtime: Path) -> None:
 def test_a_file_is_read_as_it_was_written() -> None:
     written = entry()
     folder.write(written)
-    [kernel] = folder.kernels(frozenset({"one"}))
+    [kernel] = kernels(frozenset({"one"}))
     assert kernel.state == written
     assert kernel.here
     assert kernel.memory > 10_000_000
-    assert not folder.kernels()[0].here
+    assert not kernels()[0].here
 
 
 def test_the_file_of_an_ended_process_is_dropped(runtime: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     folder.write(entry(kernel_id="two", pid=ended.pid))
-    assert len(folder.kernels()) == 1
+    assert len(kernels()) == 1
     ended.kill()
     ended.wait()
-    assert folder.kernels() == []
+    assert kernels() == []
     assert list((runtime / "inferkit").iterdir()) == []
 
 
 def test_the_file_of_a_process_whose_number_was_given_again_is_dropped() -> None:
     folder.write(entry(started=psutil.Process().create_time() - 100))
-    assert folder.kernels() == []
+    assert kernels() == []
+
+
+def test_the_file_of_another_machine_is_kept_and_out_of_sight(runtime: Path) -> None:
+    far = {"host": "another", "started": 0.0}  # this process's number is no longer its own there
+    folder.write(entry(kernel_id="far", **far))
+    folder.write(entry(kernel_id="ended", **far))
+    long_ago = time.time() - 3600
+    os.utime(runtime / "inferkit" / "ended.json", (long_ago, long_ago))
+    assert folder.read() == ([], ["far"])
+    assert survey.survey(out_of_sight=frozenset({"own"})).out_of_sight == ["far", "own"]
+    files = sorted(path.name for path in (runtime / "inferkit").iterdir())
+    assert files == ["ended.json", "far.json"]
+
+
+def test_what_a_restarted_kernel_writes_is_not_dropped_with_its_former_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ended(_: int) -> None:
+        folder.write(entry())  # in this moment
+
+    folder.write(entry())
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "started", ended)
+        assert kernels() == []
+    assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_nothing_is_written_to_where_a_link_leads(runtime: Path, tmp_path: Path) -> None:
+    (runtime / "inferkit").symlink_to(tmp_path, target_is_directory=True)
+    before = tmp_path.stat().st_mode
+    with pytest.raises(OSError, match="is a link"):
+        folder.write(entry())
+    assert (list(tmp_path.iterdir()), tmp_path.stat().st_mode) == ([], before)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +161,7 @@ def test_the_file_of_a_process_whose_number_was_given_again_is_dropped() -> None
 )
 def test_a_file_of_another_version_says_what_is_needed(version: int, needed: str) -> None:
     folder.write(entry(version=version, inferkit="7.0"))
-    [kernel] = folder.kernels()
+    [kernel] = kernels()
     assert kernel.state is None
     assert "inferkit 7.0" in kernel.problem
     assert needed in kernel.problem
@@ -131,7 +171,7 @@ def test_what_a_later_version_adds_is_passed_over(runtime: Path) -> None:
     folder.write(entry())
     path = runtime / "inferkit" / "one.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mood": "fine"}))
-    [kernel] = folder.kernels()
+    [kernel] = kernels()
     assert kernel.state == entry()
 
 
@@ -140,8 +180,17 @@ def test_what_is_no_kernels_file_is_logged_and_passed_over(
 ) -> None:
     folder.write(entry())
     (runtime / "inferkit" / "two.json").write_text("{")
-    assert [kernel.kernel_id for kernel in folder.kernels()] == ["one"]
-    assert "two.json is no kernel's file" in caplog.text
+    for _ in range(3):
+        assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+    assert caplog.text.count("two.json is no kernel's file") == 1
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**70])
+def test_a_number_that_no_process_has_is_that_of_an_ended_one(pid: int, runtime: Path) -> None:
+    text = msgspec.json.encode(entry()).decode().replace(f'"pid":{os.getpid()}', f'"pid":{pid}')
+    (runtime / "inferkit").mkdir()
+    (runtime / "inferkit" / "one.json").write_text(text)
+    assert kernels() == []
 
 
 def test_fifty_kernels_are_read_in_less_than_half_a_second() -> None:
@@ -229,6 +278,26 @@ def test_an_accelerator_without_nvml_is_what_its_kernels_wrote_last(
     assert sorted(s.kernel_id for s in gpu.kernels) == ["k1", "k2"]
 
 
+def test_the_cpu_is_busy_since_the_look_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, spent = [1000.0], [(0.0, 0.0)]
+    monkeypatch.setattr(machine, "_load", machine._Load())
+    monkeypatch.setattr(machine, "_cpu_times", lambda: spent[0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: now[0])
+
+    def utilization(seconds: float, busy: float) -> float | None:
+        """After some seconds, of which two processors were busy for some."""
+        before = spent[0]
+        now[0] += seconds
+        spent[0] = (before[0] + busy, before[1] + 2 * seconds)
+        return machine.attached([])[-1].utilization
+
+    assert utilization(0, 0) is None  # the first look knows nothing
+    assert utilization(1, 0.5) == 25
+    assert utilization(0.1, 0.2) == 25  # another window's, too soon to tell anything
+    assert utilization(0.9, 1.8) == 100
+    assert utilization(3600, 0) is None  # not the mean of an hour
+
+
 # -- what a kernel writes --------------------------------------------------------------------------
 
 
@@ -248,14 +317,14 @@ def model(tiny_model: TinyModel) -> Iterator[ik.Model]:
 
 
 def read() -> schema.KernelState:
-    [found] = folder.kernels()
+    [found] = kernels()
     assert found.state is not None, found.problem
     return found.state
 
 
 def test_a_model_is_shown_as_it_is_and_as_it_changes(status: Status, model: ik.Model) -> None:
     status.follow(model)
-    [shown] = wait_for(lambda: folder.kernels() and read().models)
+    [shown] = wait_for(lambda: kernels() and read().models)
     assert (shown.name, shown.state, shown.quantization) == ("tiny", "ready", "none")
     assert (shown.batching, shown.max_batch, shown.context) == ("continuous", 4, model.context)
     assert shown.memory == {"cpu": sum(d.weights + d.kv_cache for d in model.plan.devices)}
@@ -272,7 +341,7 @@ def test_a_model_is_shown_as_it_is_and_as_it_changes(status: Status, model: ik.M
 def test_latency_is_that_of_the_requests(status: Status, model: ik.Model) -> None:
     status.follow(model)
     gens = model.generate(["Once upon", "Paris is"] * 2, max_tokens=50, ignore_eos=True)
-    wait_for(lambda: folder.kernels() and sum((read().models[0].history or nothing).tokens) == 200)
+    wait_for(lambda: kernels() and sum((read().models[0].history or nothing).tokens) == 200)
     shown = read().models[0]
     gaps = sorted(1e3 * gap for gen in gens for gap in gen.latency.itl)
     assert shown.itl is not None
@@ -309,7 +378,7 @@ def test_writing_is_throttled_and_rests_without_news(
 def test_work_is_shown_while_it_is_done(status: Status) -> None:
     status.start()
     with status.working("Loading x") as tell:
-        wait_for(lambda: folder.kernels() and read().work == [schema.Work(what="Loading x")])
+        wait_for(lambda: kernels() and read().work == [schema.Work(what="Loading x")])
         tell("Reading", 3, 7)
         wait_for(lambda: read().work == [schema.Work(what="Loading x: Reading", done=3, total=7)])
     wait_for(lambda: read().work == [])
@@ -333,19 +402,39 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     assert model.generate("Once", max_tokens=2).finish_reason == "length"
 
 
+def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:
+    status.start()
+    wait_for(kernels)
+    (runtime / "inferkit" / "here.json").unlink()
+    wait_for(kernels)
+
+
+def test_a_file_is_written_again_from_time_to_time_without_news(
+    status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "REFRESH", 0.5)
+    status.start()
+    wait_for(kernels)
+    first = read().written
+    wait_for(lambda: read().written > first)
+
+
 def test_stopping_removes_the_file_and_ends_the_thread(status: Status, runtime: Path) -> None:
     status.start()
-    wait_for(folder.kernels)
+    wait_for(kernels)
     status.stop()
     status.stop()
-    assert folder.kernels() == []
+    assert kernels() == []
     assert list((runtime / "inferkit").iterdir()) == []
     assert status._thread is not None
     assert not status._thread.is_alive()
 
 
 def test_outside_of_a_kernel_nothing_is_written(model: ik.Model, runtime: Path) -> None:
+    model.generate("Once", max_tokens=2)
+    time.sleep(1)
     assert not (runtime / "inferkit").exists()
+    assert statuses.here() is None
 
 
 # -- the command line ------------------------------------------------------------------------------
@@ -392,6 +481,13 @@ class Kernel:
     def run(self, code: str) -> None:
         reply = self.client.execute(code, reply=True, timeout=SECONDS, store_history=False)
         assert reply["content"]["status"] == "ok", reply["content"]
+
+    def another(self) -> Kernel:
+        """The same kernel, over a connection of its own."""
+        client = BlockingKernelClient(connection_file=self.manager.connection_file)
+        client.load_connection_file()
+        client.start_channels()
+        return Kernel(self.manager, client)
 
     def start(self, code: str) -> None:
         """Begin to run code that lasts."""
@@ -450,12 +546,12 @@ def started(kernel_runtime: Path, tiny_model: TinyModel) -> Iterator[Kernel]:
 def running(started: Kernel, kernel_runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """A kernel with a model called "tiny", which a test may change and not unload."""
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(kernel_runtime))
-    wait_for(folder.kernels)
+    wait_for(kernels)
     return started
 
 
 def test_a_kernel_is_shown_by_its_id_from_the_first_model_on(running: Kernel) -> None:
-    [found] = folder.kernels()
+    [found] = kernels()
     name = Path(running.manager.connection_file).stem
     assert found.kernel_id == name.removeprefix("kernel-")
     wait_for(lambda: [m.name for m in read().models] == ["tiny"])
@@ -479,6 +575,30 @@ def test_numbers_move_while_a_cell_blocks_and_a_click_stops_it(running: Kernel) 
     assert answer.ok
     assert answer.text.startswith("Stopped 1 request of 'tiny'")
     wait_for(lambda: read().models[0].running == 0)
+
+
+def test_a_change_that_waits_says_so_and_can_be_cancelled_alone(running: Kernel) -> None:
+    running.start(LONG)
+    wait_for(lambda: read().models[0].running == 1)
+    before = read().models[0].quantization
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(running.another().do, "quantize", model="tiny", mode="nf4")
+        what = "Changing tiny to nf4: Waiting for 1 request"
+        [work] = wait_for(lambda: [w for w in read().work if w.what == what])
+        assert not running.do("cancel", work=work.id + 1).ok  # another's
+        assert not answer.done()
+        assert running.do("cancel", work=work.id).ok
+        assert answer.result(SECONDS).text == "Cancelled."
+    assert read().work == []
+    assert (read().models[0].running, read().models[0].quantization) == (1, before)
+    running.do("stop", model="tiny")
+    assert running.do("cancel", work=work.id).text == "It has ended already."
+
+
+def test_a_change_is_in_the_file_when_it_is_answered(running: Kernel) -> None:
+    for batching in ("static", "continuous"):
+        assert running.do("batching", model="tiny", batching=batching).ok
+        assert (read().models[0].batching, read().work) == (batching, [])
 
 
 def test_modes_are_changed_by_clicks(running: Kernel) -> None:
@@ -532,10 +652,24 @@ def test_the_experiment_is_saved_and_says_why_there_is_no_link(
     assert "There is no link to it" in answer.notes[0]
 
 
+def test_a_recording_that_runs_is_ended_only_if_that_was_said(running: Kernel) -> None:
+    running.run("going = ik.record('going', overwrite=True, progress=False)\ngoing.start()")
+    wait_for(lambda: (read().experiment, read().recording) == ("going", True))
+    refused = running.do("share")
+    assert (refused.ok, refused.kind) == (False, "StillRecording")
+    assert refused.text == "'going' is still being recorded. End it?"
+    running.run("assert going.running")
+    answer = running.do("share", end=True)
+    assert answer.ok
+    assert answer.text.startswith("Ended the recording and saved 'going' to ")
+    running.run("assert not going.running")
+    wait_for(lambda: not read().recording)
+
+
 def test_a_killed_kernel_is_shown_no_longer(running: Kernel, kernel_runtime: Path) -> None:
-    [found] = folder.kernels()
+    [found] = kernels()
     os.kill(found.pid, signal.SIGKILL)
-    wait_for(lambda: folder.kernels() == [])
+    wait_for(lambda: kernels() == [])
     assert list((kernel_runtime / "inferkit").iterdir()) == []
 
 

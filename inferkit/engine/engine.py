@@ -259,11 +259,15 @@ class Engine:
             raise
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, tell: Callable[[int], None] | None = None) -> Iterator[None]:
         """Hold the engine still while the body runs, in the caller's own thread.
 
         Requests that run finish first; those that wait go on afterwards. The wait can be
         interrupted, and so can the body, which must leave a runner that works (see `adopt`).
+
+        Args:
+            tell: Called from time to time with the number of requests that this waits for; what it
+                raises ends the wait.
 
         Raises:
             ModelUnloadedError, GenerationError: As for `call`.
@@ -280,6 +284,8 @@ class Engine:
             while not still.wait(_TICK):
                 if command.done.done():
                     command.done.result()  # why it was refused
+                if tell is not None:
+                    tell(self.running)
             yield
         finally:
             release_team()

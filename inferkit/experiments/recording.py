@@ -220,7 +220,7 @@ class Recording:
             self._hasher.start()
             global _latest
             _latest = self
-            status.recorded(self._file.name)
+            status.recorded(self._file.name, running=True)
         return self.experiment
 
     def stop(self) -> Experiment:
@@ -232,6 +232,8 @@ class Recording:
         if self._thread is None or self._over or os.getpid() != self._pid:
             return self.experiment
         self._ended.set()
+        if self is _latest:
+            status.recorded(self._file.name, running=False)
         for listeners, hook in self._hooks:
             if hook in listeners:
                 listeners.remove(hook)

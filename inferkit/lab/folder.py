@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import platform
+import time
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import psutil
@@ -13,10 +16,27 @@ from jupyter_core.paths import jupyter_runtime_dir, secure_write
 
 from inferkit.lab.schema import VERSION, Head, Kernel, KernelState
 
-__all__ = ["kernels", "remove", "started", "write"]
+__all__ = ["REFRESH", "Found", "exists", "host", "read", "remove", "started", "write"]
+
+REFRESH = 60.0
+"""Seconds after which a kernel writes its file again although it has no news."""
 
 _log = logging.getLogger("inferkit")
 _SAME = 1.0  # seconds; psutil's clock and a file's JSON agree to far less
+_ENDED = 5 * REFRESH  # seconds without a sign of life from another machine, whose clock may differ
+_damaged: set[Path] = set()  # those that a warning has named
+
+
+class Found(NamedTuple):
+    """What the folder tells of.
+
+    Attributes:
+        kernels: Those that run in sight of this process.
+        elsewhere: Ids of those that run on another machine, or in another container.
+    """
+
+    kernels: list[Kernel]
+    elsewhere: list[str]
 
 
 def _folder() -> Path:
@@ -27,6 +47,23 @@ def _file(kernel_id: str) -> Path:
     return _folder() / f"{kernel_id}.json"
 
 
+def _draft(path: Path, pid: int) -> Path:
+    return path.with_suffix(f".{pid}.tmp")
+
+
+@cache
+def host() -> str:
+    """Where process numbers mean what they mean here: a machine since it was started, a container.
+
+    The folder may be on a disk that several of them share.
+    """
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{machine} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
 def started(pid: int) -> float | None:
     """When a process began; None where there is none of this number, or it has ended."""
     try:
@@ -34,7 +71,7 @@ def started(pid: int) -> float | None:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         return float(process.create_time())
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a file may say any number
         return None
 
 
@@ -46,47 +83,62 @@ def write(state: KernelState) -> None:
     """
     folder = _folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.is_symlink():  # whose folder that is, nobody knows
+        raise NotADirectoryError(f"{folder} is a link; remove it.")
     folder.chmod(0o700)
     path = _file(state.kernel_id)
-    draft = path.with_suffix(".tmp")
+    draft = _draft(path, state.pid)
     with secure_write(str(draft), binary=True) as out:
         out.write(msgspec.json.encode(state))
     os.replace(draft, path)
 
 
-def remove(kernel_id: str) -> None:
-    """Remove a kernel's file."""
-    for path in (_file(kernel_id), _file(kernel_id).with_suffix(".tmp")):
-        path.unlink(missing_ok=True)
+def exists(kernel_id: str) -> bool:
+    """Whether a kernel's file is there."""
+    return _file(kernel_id).exists()
 
 
-def kernels(here: frozenset[str] = frozenset()) -> list[Kernel]:
-    """The kernels that have a file and run; files of those that have ended are removed.
+def remove(kernel_id: str, pid: int) -> None:
+    """Remove the file of a kernel that was that process."""
+    path = _file(kernel_id)
+    path.unlink(missing_ok=True)
+    _draft(path, pid).unlink(missing_ok=True)
+
+
+def read(here: frozenset[str] = frozenset()) -> Found:
+    """The kernels that have a file and run; files of those that have ended here are removed.
 
     Args:
         here: Ids of the kernels that whoever reads can reach.
     """
-    folder = _folder()
-    if not folder.is_dir():
-        return []
-    return list(_read(sorted(folder.glob("*.json")), here))
-
-
-def _read(paths: list[Path], here: frozenset[str]) -> Iterator[Kernel]:
-    for path in paths:
+    found = Found([], [])
+    for path in sorted(_folder().glob("*.json")):
         try:
-            data = path.read_bytes()
-            head = msgspec.json.decode(data, type=Head)
+            _take_in(path, here, found)
         except FileNotFoundError:  # its kernel has ended in this moment
             continue
         except (OSError, msgspec.MsgspecError) as error:
-            _log.warning("%s is no kernel's file (%s).", path, error)
-            continue
-        begun = started(head.pid)
-        if begun is None or abs(begun - head.started) > _SAME:
-            remove(path.stem)
-            continue
-        yield _kernel(head, data, head.kernel_id in here)
+            if path not in _damaged:  # once, and not every second
+                _damaged.add(path)
+                _log.warning("%s is no kernel's file (%s).", path, error)
+    return found
+
+
+def _take_in(path: Path, here: frozenset[str], found: Found) -> None:
+    with path.open("rb") as file:
+        data, read = file.read(), os.fstat(file.fileno())
+    head = msgspec.json.decode(data, type=Head)
+    if head.host != host():  # its process cannot be looked for
+        if time.time() - read.st_mtime < _ENDED:
+            found.elsewhere.append(head.kernel_id)
+        return
+    begun = started(head.pid)
+    if begun is not None and abs(begun - head.started) <= _SAME:
+        found.kernels.append(_kernel(head, data, head.kernel_id in here))
+        return
+    now = path.stat()
+    if (now.st_ino, now.st_mtime_ns) == (read.st_ino, read.st_mtime_ns):
+        remove(path.stem, head.pid)  # and not what a restarted kernel has just written
 
 
 def _kernel(head: Head, data: bytes, here: bool) -> Kernel:

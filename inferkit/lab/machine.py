@@ -7,6 +7,8 @@ process; of any other accelerator what its kernels wrote last is all there is.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +20,16 @@ from inferkit.lab.schema import Attached, Kernel, OnDevice, Share
 
 __all__ = ["attached"]
 
+_APART, _FORGOTTEN = 0.5, 60.0  # seconds between two looks at the CPU: at least, at most
+
 
 def attached(kernels: Sequence[Kernel], pause: float | None = None) -> list[Attached]:
     """The devices, accelerators first, and what of their memory is whose.
 
     Args:
         kernels: Those that run.
-        pause: Seconds to watch the CPU; None for the time since the last call.
+        pause: Seconds to watch the CPU; None for the time since it was last looked at, of which the
+            first call knows nothing.
     """
     gpus = {gpu.uuid: gpu for gpu in _nvidia()}
     seen = _seen(kernels)
@@ -97,8 +102,43 @@ def _seen(kernels: Sequence[Kernel]) -> dict[str, list[tuple[Kernel, OnDevice]]]
 def _cpu(kernels: Sequence[Kernel], pause: float | None) -> Attached:
     total, free = cpu_memory()
     shares = [Share(kernel_id=k.kernel_id, used=k.memory) for k in kernels if k.memory]
-    utilization = psutil.cpu_percent(pause)
+    utilization = _load.seen() if pause is None else psutil.cpu_percent(pause)
     return _device("cpu", cpu_description(), total, total - free, utilization, shares)
+
+
+class _Load:
+    """How busy the CPU is between two looks, whoever looks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._moment = -_FORGOTTEN
+        self._times = (0.0, 0.0)
+        self._percent: float | None = None
+
+    def seen(self) -> float | None:
+        """Percent since the look before; of one that comes too soon the same again."""
+        with self._lock:
+            now = time.monotonic()
+            passed = now - self._moment
+            if passed < _APART:
+                return self._percent
+            former, self._times = self._times, _cpu_times()
+            self._moment = now
+            busy, whole = (new - old for new, old in zip(self._times, former))
+            known = passed < _FORGOTTEN and whole > 0
+            self._percent = min(100.0, max(0.0, 100 * busy / whole)) if known else None
+            return self._percent
+
+
+_load = _Load()
+
+
+def _cpu_times() -> tuple[float, float]:
+    """Seconds that the processors were busy, and all that passed, since the machine began."""
+    times = psutil.cpu_times()
+    # Guests' time is in that of users, too.
+    whole = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+    return whole - times.idle - getattr(times, "iowait", 0.0), whole
 
 
 def _nvidia() -> Iterator[_Accelerator]:

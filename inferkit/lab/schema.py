@@ -42,6 +42,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         kernel_id: Jupyter's id of the kernel.
         pid: Its process.
         started: When that process began, so that a later one of the same number is told apart.
+        host: Where that number means something: see `inferkit.lab.folder.host`.
     """
 
     version: int
@@ -49,6 +50,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     kernel_id: str
     pid: int
     started: float
+    host: str = ""
 
 
 class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,11 +147,13 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         what: In words.
         done: Steps that are done.
         total: All steps, where that is known.
+        id: What `cancel` is given to end it; 0 where it cannot be ended.
     """
 
     what: str
     done: int = 0
     total: int | None = None
+    id: int = 0
 
 
 class KernelState(Head, frozen=True, kw_only=True):
@@ -163,6 +167,7 @@ class KernelState(Head, frozen=True, kw_only=True):
         work: What is being done, in the order of beginning.
         actions: Names of what `inferkit.notebook.actions` can do in this kernel.
         experiment: The name of the experiment that was recorded last, or is being; or None.
+        recording: Whether it is being recorded.
     """
 
     written: float
@@ -172,6 +177,7 @@ class KernelState(Head, frozen=True, kw_only=True):
     work: list[Work]
     actions: list[str]
     experiment: str | None
+    recording: bool = False
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -232,7 +238,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         time: When it was read.
         devices: Accelerators first, the CPU last.
         kernels: In the order of their ids.
-        out_of_sight: Ids of the server's kernels that run on another machine.
+        out_of_sight: Ids of kernels that run on another machine, or in another container.
     """
 
     version: int

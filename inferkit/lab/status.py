@@ -181,6 +181,7 @@ class Status:
         self._meters: list[_Meter] = []
         self._work: list[Work] = []
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._wake, self._ended = threading.Event(), threading.Event()
         self._written: KernelState | None = None
         self._failed = False
@@ -210,13 +211,20 @@ class Status:
         self._wake.set()
 
     @contextmanager
-    def working(self, what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-        """Show meanwhile that something is being done; gives what may be told of its progress."""
-        mine = [Work(what=what)]
+    def working(
+        self, what: str, number: int = 0
+    ) -> Iterator[Callable[[str, int, int | None], None]]:
+        """Show meanwhile that something is being done; gives what may be told of its progress.
+
+        Args:
+            what: In words.
+            number: By which it can be cancelled; 0 where it cannot.
+        """
+        mine = [Work(what=what, id=number)]
         self._replace(None, mine[0])
 
         def tell(step: str, done: int, total: int | None) -> None:
-            told = Work(what=f"{what}: {step}" if step else what, done=done, total=total)
+            told = Work(what=f"{what}: {step}" if step else what, done=done, total=total, id=number)
             self._replace(mine[0], told)
             mine[0] = told
 
@@ -239,14 +247,24 @@ class Status:
             return
         if self._thread is not None:
             self._thread.join(timeout=5)
-        folder.remove(self._id)
+        with self._writing:
+            folder.remove(self._id, self._pid)
+
+    def write(self) -> None:
+        """Write the file now, if there is something new: whoever reads next must see it.
+
+        Otherwise the thread does, once a second while something goes on.
+        """
+        with self._writing:
+            if self._thread is not None and not self._ended.is_set():
+                self._write()
 
     # -- the thread -----------------------------------------------------------------------------
 
     def _loop(self) -> None:
         while not self._ended.is_set():
             self._wake.clear()
-            self._write()
+            self.write()
             busy = self._work or any(meter.busy for meter in self._meters)
             if busy:
                 self._ended.wait(_BUSY)
@@ -254,10 +272,15 @@ class Status:
                 self._wake.wait(_IDLE)
 
     def _write(self) -> None:
-        """Write the file, if there is something new."""
+        """Write the file, if there is something new, or the last one is old or was removed."""
         state = self._read()
         former = self._written
-        if former is not None and former == msgspec.structs.replace(state, written=former.written):
+        if (
+            former is not None
+            and former == msgspec.structs.replace(state, written=former.written)
+            and state.written - former.written < folder.REFRESH
+            and folder.exists(self._id)
+        ):
             return
         try:
             folder.write(state)
@@ -283,6 +306,7 @@ class Status:
             kernel_id=self._id,
             pid=self._pid,
             started=self._started,
+            host=folder.host(),
             written=time.time(),
             notebook=os.environ.get("JPY_SESSION_NAME", ""),
             models=models,
@@ -290,11 +314,13 @@ class Status:
             work=list(self._work),
             actions=list(ACTIONS),
             experiment=_recorded,
+            recording=_recording,
         )
 
 
 _status: Status | None = None
 _recorded: str | None = None
+_recording = False
 _making = threading.Lock()
 
 
@@ -318,10 +344,10 @@ def follow(model: Model) -> None:
         status.follow(model)
 
 
-def recorded(name: str) -> None:
-    """Show that an experiment of this name is there to be shared."""
-    global _recorded
-    _recorded = name
+def recorded(name: str, running: bool) -> None:
+    """Show that an experiment of this name is there to be shared, or is still being recorded."""
+    global _recorded, _recording
+    _recorded, _recording = name, running
     if _status is not None:
         _status.look()
 

@@ -15,6 +15,9 @@ from inferkit.lab.schema import VERSION, Attached, Kernel, State
 
 __all__ = ["as_json", "as_text", "survey"]
 
+_NONE = "No kernel of this user has loaded a model."
+_OUT_OF_SIGHT = "Out of sight, on another machine or in another container: {} with inferkit."
+
 
 def survey(
     here: frozenset[str] = frozenset(),
@@ -25,17 +28,17 @@ def survey(
 
     Args:
         here: Ids of the kernels of this machine that whoever reads can reach.
-        out_of_sight: Ids of those on another.
-        pause: Seconds to watch the CPU; None for the time since the last call.
+        out_of_sight: Ids of those that it has on another.
+        pause: Seconds to watch the CPU; None for the time since it was last looked at.
     """
-    kernels = folder.kernels(here)
+    kernels, elsewhere = folder.read(here)
     return State(
         version=VERSION,
         inferkit=__version__,
         time=time.time(),
         devices=machine.attached(kernels, pause),
         kernels=kernels,
-        out_of_sight=sorted(out_of_sight),
+        out_of_sight=sorted(out_of_sight.union(elsewhere)),
     )
 
 
@@ -51,12 +54,13 @@ def as_text(state: State) -> str:
         map(_device_row, state.devices),
     )
     rows = [row for kernel in state.kernels for row in _model_rows(kernel)]
+    unseen = [_OUT_OF_SIGHT.format(len(state.out_of_sight))] if state.out_of_sight else []
     if not rows:
-        return f"{devices}\n\nNo kernel of this user has loaded a model."
+        return "\n".join([devices, "", *(unseen or [_NONE])])
     header = ("kernel", "pid", "model", "mode", "batching", "device", "memory")
     models = text_table((*header, "running", "waiting", "tokens/s", "ITL ms"), rows)
     problems = [f"pid {k.pid}: {k.problem}" for k in state.kernels if k.problem]
-    return "\n".join([devices, "", models, *problems])
+    return "\n".join([devices, "", models, *problems, *unseen])
 
 
 def _device_row(device: Attached) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ nowhere. Numbers and progress do not travel here: they are in the kernel's file 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import traceback
 from collections.abc import Callable
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["do", "panel"]
 
-_cancelled = threading.Event()
+_numbers = itertools.count(1)
+_cancelled: dict[int, threading.Event] = {}  # by the number of what is being done
 _panels: dict[str, Panel] = {}
 
 
@@ -58,21 +60,30 @@ def do(action: str, /, **arguments: Any) -> Told:
         action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
         arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
             keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
-            `inferkit.Model.configure`; ``share``: none.
+            `inferkit.Model.configure`; ``cancel``: ``work``, the id of a `Work`; ``share``:
+            ``end``, whether to end a recording that runs.
     """
+    answer = _answer(action, arguments)
+    found = status.here()
+    if found is not None:
+        found.write()  # for it is looked at as soon as the answer is there
+    return Told(answer)
+
+
+def _answer(action: str, arguments: dict[str, Any]) -> Answer:
     work = _ACTIONS.get(action)
     try:
         if work is None:
             raise OptionError(f"inferkit {ik.__version__} cannot {action!r}: {listed(_ACTIONS)}.")
-        return Told(work(**arguments))
+        return work(**arguments)
     except KeyboardInterrupt:
-        return Told(Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt"))
+        return Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt")
     except InferkitError as error:
-        return Told(Answer(ok=False, text=str(error), kind=type(error).__name__))
+        return Answer(ok=False, text=str(error), kind=type(error).__name__)
     except Exception as error:  # a person clicked, and must hear of it
         text = f"{type(error).__name__}: {error}"
         where = traceback.format_exc()
-        return Told(Answer(ok=False, text=text, kind=type(error).__name__, notes=[where]))
+        return Answer(ok=False, text=text, kind=type(error).__name__, notes=[where])
 
 
 def panel(model: str) -> Panel:
@@ -105,7 +116,11 @@ def _quantize(model: str, mode: str) -> Answer:
 
 def _batching(model: str, **options: Any) -> Answer:
     found = _model(model)
-    with _working(f"Changing the batching of {model}"):
+    what = f"Changing the batching of {model}"
+    running = found._engine.running
+    if running:  # a new number of rows waits for them, and cannot be called back
+        what += f", which may wait for {_requests(running)}"
+    with _status().working(what):
         found.configure(**options)
     return Answer(
         ok=True, text=f"{model!r}: {found.batching} batching of at most {found.max_batch}."
@@ -116,12 +131,19 @@ def _stop(model: str) -> Answer:
     requests = _model(model)._engine.requests
     for request in requests:
         request.cancel()
-    count = f"{len(requests)} request{'' if len(requests) == 1 else 's'}"
+    count = _requests(len(requests))
     return Answer(ok=True, text=f"Stopped {count} of {model!r}; what they have is kept.")
 
 
-def _cancel() -> Answer:
-    _cancelled.set()
+def _requests(count: int) -> str:
+    return f"{count} request{'' if count == 1 else 's'}"
+
+
+def _cancel(work: int) -> Answer:
+    cancelled = _cancelled.get(work)
+    if cancelled is None:
+        raise OptionError("It has ended already.")
+    cancelled.set()
     return Answer(ok=True, text="Cancelling.")
 
 
@@ -129,15 +151,20 @@ def _give_code(model: str) -> Answer:
     return Answer(ok=True, text=f"A cell that loads {model!r} as it is.", code=_code(_model(model)))
 
 
-def _share() -> Answer:
+def _share(end: bool = False) -> Answer:
     recording = latest()
     if recording is None:
         raise OptionError(
             "Nothing was recorded in this kernel. Run what is to be shared within "
             "`with ik.record('name'):`, or after %infer record 'name'."
         )
+    running = recording.running
+    if running and not end:
+        asked = f"{recording.experiment.name!r} is still being recorded. End it?"
+        return Answer(ok=False, text=asked, kind="StillRecording")
     experiment = recording.stop()  # the file is whole only then
-    text = f"Saved {experiment.name!r} to {experiment.path}."
+    done = "Ended the recording and saved" if running else "Saved"
+    text = f"{done} {experiment.name!r} to {experiment.path}."
     try:
         link = ik.binder_link(experiment=experiment)
     except OptionError as error:
@@ -160,19 +187,27 @@ _ACTIONS: dict[str, Callable[..., Answer]] = {
 @contextmanager
 def _working(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
     """Show that it is being done, and how far it is; `_cancel` ends it."""
-    _cancelled.clear()
+    number, cancelled = next(_numbers), threading.Event()
+    _cancelled[number] = cancelled
+    try:
+        with _status().working(what, number) as show:
+
+            def tell(step: str, done: int, total: int | None) -> None:
+                if cancelled.is_set():
+                    raise KeyboardInterrupt
+                show(step, done, total)
+
+            yield tell
+    finally:
+        del _cancelled[number]
+
+
+def _status() -> status.Status:
     found = status.here()
     if found is None:
         raise OptionError("This process is no Jupyter kernel.")
     found.start()
-    with found.working(what) as show:
-
-        def tell(step: str, done: int, total: int | None) -> None:
-            if _cancelled.is_set():
-                raise KeyboardInterrupt
-            show(step, done, total)
-
-        yield tell
+    return found
 
 
 def _model(name: str) -> Model:

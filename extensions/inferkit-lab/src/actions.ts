@@ -1,7 +1,15 @@
-import { KernelMessage, type Kernel } from '@jupyterlab/services';
+import {
+  KernelMessage,
+  ServerConnection,
+  type Kernel
+} from '@jupyterlab/services';
 import type { JSONObject } from '@lumino/coreutils';
 import { answerOf, asked, refusal, type Evaluated } from './answers';
 import type { Answer } from './schema';
+import { messageOf } from './watch';
+
+const PATIENCE = 10_000; // milliseconds until a server is held to be gone
+const SILENT = 'The Jupyter server does not answer.';
 
 /**
  * Have a kernel do something: see inferkit/notebook/actions.py.
@@ -17,58 +25,106 @@ export async function act(
   name: string,
   given: JSONObject = {}
 ): Promise<Answer> {
-  const model = await kernels.findById(kernelId);
-  if (!model) {
-    return refusal('This kernel no longer runs.');
-  }
-  const kernel = kernels.connectTo({ model, handleComms: false });
+  let kernel: Kernel.IKernelConnection | null = null;
   try {
-    await connected(kernel);
-    const info = await control<KernelMessage.IInfoReply>(
-      kernel,
-      'kernel_info_request'
-    );
-    if (info.language_info.name !== 'python') {
-      return refusal('inferkit runs in Python kernels only.');
+    const model = await soon(kernels.findById(kernelId));
+    if (!model) {
+      return refusal('This kernel no longer runs.');
     }
-    if (!info.supported_features?.includes('kernel subshells')) {
-      return await ask(kernel, name, given); // once the cell that runs is done
-    }
-    const made = await control<{ subshell_id: string }>(
-      kernel,
-      'create_subshell_request'
-    );
-    kernel.subshellId = made.subshell_id;
-    try {
-      return await ask(kernel, name, given);
-    } finally {
-      kernel.subshellId = null; // or the connection would delete it again
-      if (kernel.connectionStatus === 'connected') {
-        await control(kernel, 'delete_subshell_request', { ...made });
-      }
-    }
+    kernel = kernels.connectTo({ model, handleComms: false });
+    return await Promise.race([ask(kernel, name, given), lost(kernel)]);
   } catch (error) {
-    return refusal(
-      `The kernel gave no answer: ${error instanceof Error ? error.message : String(error)}`
-    );
+    const gone = error instanceof ServerConnection.NetworkError;
+    return refusal(gone ? SILENT : messageOf(error));
   } finally {
-    kernel.dispose();
+    kernel?.dispose();
   }
 }
 
-/** Waits until messages can be sent. */
-function connected(kernel: Kernel.IKernelConnection): Promise<void> {
+/** What is promised, or an error where it does not come while a person would wait. */
+function soon<T>(promised: Promise<T>): Promise<T> {
   return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => {
+      reject(new Error(SILENT));
+    }, PATIENCE);
+    promised.then(resolve, reject).finally(() => {
+      clearTimeout(timer);
+    });
+  });
+}
+
+/** Waits until a connection is in a state. */
+function status(
+  kernel: Kernel.IKernelConnection,
+  wanted: Kernel.ConnectionStatus
+): Promise<void> {
+  return new Promise(resolve => {
     const look = (): void => {
-      if (kernel.connectionStatus === 'connected') {
+      if (kernel.connectionStatus === wanted) {
+        kernel.connectionStatusChanged.disconnect(look);
         resolve();
-      } else if (kernel.connectionStatus === 'disconnected') {
-        reject(new Error('it cannot be reached.'));
       }
     };
     kernel.connectionStatusChanged.connect(look);
     look();
   });
+}
+
+/** Fails when a connection that there was is given up. */
+async function lost(kernel: Kernel.IKernelConnection): Promise<never> {
+  await status(kernel, 'disconnected');
+  throw new Error('The connection to the kernel was lost.');
+}
+
+/**
+ * Have work done with a subshell, which is there for that long; with null where the kernel has no
+ * subshells, so that the work waits for the cell that runs.
+ */
+export async function onSubshell<T>(
+  kernel: Kernel.IKernelConnection,
+  work: (subshell: string | null) => Promise<T>
+): Promise<T> {
+  await soon(status(kernel, 'connected'));
+  const info = await control<KernelMessage.IInfoReply>(
+    kernel,
+    'kernel_info_request'
+  );
+  if (info.language_info.name !== 'python') {
+    throw new Error('inferkit runs in Python kernels only.');
+  }
+  if (!info.supported_features?.includes('kernel subshells')) {
+    return await work(null);
+  }
+  const made = await control<{ subshell_id: string }>(
+    kernel,
+    'create_subshell_request'
+  );
+  try {
+    return await work(made.subshell_id);
+  } finally {
+    if (kernel.connectionStatus === 'connected') {
+      const gone = control(kernel, 'delete_subshell_request', { ...made });
+      await soon(gone).catch(() => undefined); // a kernel that has ended has none left
+    }
+  }
+}
+
+/** Send code to a subshell, or to the main shell; nothing else of the connection's goes there. */
+export function execute(
+  kernel: Kernel.IKernelConnection,
+  subshell: string | null,
+  content: KernelMessage.IExecuteRequestMsg['content']
+): Kernel.IShellFuture<
+  KernelMessage.IExecuteRequestMsg,
+  KernelMessage.IExecuteReplyMsg
+> {
+  const former = kernel.subshellId;
+  kernel.subshellId = subshell;
+  try {
+    return kernel.requestExecute(content);
+  } finally {
+    kernel.subshellId = former;
+  }
 }
 
 /** Ask on the control channel, which a kernel answers while a cell runs. */
@@ -94,33 +150,37 @@ async function control<T>(
  * The reply to a message, without what a future waits for besides: that the kernel tells that it is
  * idle, under which message it does not say reliably where several threads tell so at once.
  */
-function replyTo<T extends KernelMessage.IMessage>(future: {
+export function replyTo<T extends KernelMessage.IMessage>(future: {
   onReply: (reply: T) => void | PromiseLike<void>;
   readonly done: Promise<unknown>;
 }): Promise<T> {
   return new Promise((resolve, reject) => {
     future.onReply = resolve;
-    future.done.catch(reject); // the kernel was restarted, or has died
+    future.done.catch(() => {
+      reject(new Error('The kernel has ended or was restarted meanwhile.'));
+    });
   });
 }
 
-async function ask(
+function ask(
   kernel: Kernel.IKernelConnection,
   name: string,
   given: JSONObject
 ): Promise<Answer> {
-  const future = kernel.requestExecute({
-    code: '',
-    silent: true,
-    store_history: false,
-    allow_stdin: false,
-    user_expressions: asked(name, given)
+  return onSubshell(kernel, async subshell => {
+    const future = execute(kernel, subshell, {
+      code: '',
+      silent: true,
+      store_history: false,
+      allow_stdin: false,
+      user_expressions: asked(name, given)
+    });
+    const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
+    if (content.status !== 'ok') {
+      return refusal('The kernel was interrupted.');
+    }
+    return answerOf(
+      content.user_expressions as unknown as Record<string, Evaluated>
+    );
   });
-  const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
-  if (content.status !== 'ok') {
-    return refusal('The kernel was interrupted.');
-  }
-  return answerOf(
-    content.user_expressions as unknown as Record<string, Evaluated>
-  );
 }

@@ -25,7 +25,7 @@ import { commandIds, inferenceIcon } from './names';
 import { promptCells } from './prompts';
 import type { Answer, Kernel } from './schema';
 import { fetchState } from './server';
-import { showShared } from './share';
+import { share } from './share';
 import { InferenceSidebar } from './sidebar';
 import { InferenceStatus } from './status';
 import { PanelTab, type TabOptions } from './tab';
@@ -188,7 +188,7 @@ function activate(
       inNotebook(kernelId, panel => insert(panel, code, false));
     },
     share: kernelId => {
-      void perform(kernelId, 'share').then(showShared);
+      void share(given => perform(kernelId, 'share', given));
     },
     create: () => {
       void commands.execute(commandIds.create);
@@ -255,8 +255,15 @@ function activate(
   // -- commands -----------------------------------------------------------------------------------
 
   const hasNotebook = (): boolean => tracker.currentWidget !== null;
-  const shareable = (): boolean =>
-    known()?.state?.actions.includes('share') === true;
+
+  /** Hide the side that the sidebar is on. */
+  const collapse = (lab: ILabShell): void => {
+    if ([...lab.widgets('right')].includes(sidebar)) {
+      lab.collapseRight();
+    } else {
+      lab.collapseLeft();
+    }
+  };
 
   commands.addCommand(commandIds.show, {
     label: 'Show Inference',
@@ -265,7 +272,7 @@ function activate(
     isToggled: () => sidebar.isVisible,
     execute: () => {
       if (sidebar.isVisible && labShell) {
-        labShell.collapseLeft();
+        collapse(labShell);
       } else {
         show();
       }
@@ -295,16 +302,18 @@ function activate(
     label: 'Open the Panel in a Tab',
     caption: "The panel of the notebook's model, in a tab of its own",
     isEnabled: args => Boolean(args['path']) || hasNotebook(),
-    execute: args => {
+    execute: async args => {
       const path =
         (args['path'] as string | undefined) ??
         tracker.currentWidget?.context.path;
       if (path === undefined) {
         return;
       }
-      const loaded = known()?.state?.models ?? [];
-      const model =
-        (args['model'] as string | undefined) ?? loaded.at(-1)?.name ?? 'model';
+      let model = args['model'] as string | undefined;
+      if (model === undefined) {
+        await watch.refresh();
+        model = known()?.state?.models.at(-1)?.name ?? 'model';
+      }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));
       const tab =
@@ -341,8 +350,7 @@ function activate(
     label: 'Share Experiment…',
     caption:
       'Save the experiment of the notebook, and make the link that opens it on Binder',
-    isVisible: shareable,
-    isEnabled: () => known()?.state?.experiment != null,
+    isEnabled: hasNotebook, // the kernel knows whether there is one
     execute: () => {
       const kernelId = current()?.kernelId;
       if (kernelId !== undefined) {

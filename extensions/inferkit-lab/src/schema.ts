@@ -16,7 +16,7 @@ export interface Report {
  *     time: When it was read.
  *     devices: Accelerators first, the CPU last.
  *     kernels: In the order of their ids.
- *     out_of_sight: Ids of the server's kernels that run on another machine.
+ *     out_of_sight: Ids of kernels that run on another machine, or in another container.
  */
 export interface State {
   version: number;
@@ -84,6 +84,7 @@ export interface Kernel {
  *     work: What is being done, in the order of beginning.
  *     actions: Names of what `inferkit.notebook.actions` can do in this kernel.
  *     experiment: The name of the experiment that was recorded last, or is being; or None.
+ *     recording: Whether it is being recorded.
  */
 export interface KernelState {
   version: number;
@@ -91,6 +92,7 @@ export interface KernelState {
   kernel_id: string;
   pid: number;
   started: number;
+  host: string;
   written: number;
   notebook: string;
   models: ModelState[];
@@ -98,6 +100,7 @@ export interface KernelState {
   work: Work[];
   actions: string[];
   experiment: string | null;
+  recording: boolean;
 }
 /**
  * A loaded model.
@@ -192,11 +195,13 @@ export interface OnDevice {
  *     what: In words.
  *     done: Steps that are done.
  *     total: All steps, where that is known.
+ *     id: What `cancel` is given to end it; 0 where it cannot be ended.
  */
 export interface Work {
   what: string;
   done: number;
   total: number | null;
+  id: number;
 }
 /**
  * What an action in a kernel gives: see `inferkit.notebook.actions`.

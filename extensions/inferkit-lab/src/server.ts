@@ -5,6 +5,8 @@ import type { State } from './schema';
 /** The version of the format that this extension reads; see inferkit/lab/schema.py. */
 export const VERSION = 1;
 
+const PATIENCE = 10_000; // milliseconds
+
 /** Ask the Jupyter server what all kernels are doing. */
 export async function fetchState(
   settings: ServerConnection.ISettings
@@ -12,7 +14,9 @@ export async function fetchState(
   const url = URLExt.join(settings.baseUrl, 'inferkit/api/state');
   let response: Response;
   try {
-    response = await ServerConnection.makeRequest(url, {}, settings);
+    // One that hangs must be said to.
+    const signal = AbortSignal.timeout(PATIENCE);
+    response = await ServerConnection.makeRequest(url, { signal }, settings);
   } catch {
     throw new Error('The Jupyter server does not answer.');
   }

@@ -2,8 +2,33 @@ import { Clipboard, Dialog, showDialog } from '@jupyterlab/apputils';
 import { Widget } from '@lumino/widgets';
 import type { Answer } from './schema';
 
-/** Show where an experiment was saved, and the link that opens it. */
-export async function showShared(answer: Answer): Promise<void> {
+/**
+ * Share an experiment, and show where it was saved, and the link that opens it.
+ *
+ * @param ask - Has the kernel do it, and gives its answer.
+ */
+export async function share(
+  ask: (given: { end: boolean }) => Promise<Answer>
+): Promise<void> {
+  let answer = await ask({ end: false });
+  if (answer.kind === 'StillRecording') {
+    const { button } = await showDialog({
+      title: 'Share experiment',
+      body: answer.text,
+      buttons: [
+        Dialog.cancelButton(),
+        Dialog.okButton({ label: 'End and share' })
+      ]
+    });
+    if (!button.accept) {
+      return;
+    }
+    answer = await ask({ end: true });
+  }
+  await showShared(answer);
+}
+
+async function showShared(answer: Answer): Promise<void> {
   const body = new Widget();
   body.addClass('jp-Inferkit-shared');
   const add = (tag: string, text: string): HTMLElement => {

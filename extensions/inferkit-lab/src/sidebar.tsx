@@ -41,15 +41,44 @@ export class InferenceSidebar extends ReactWidget {
     super.dispose();
   }
 
+  handleEvent(): void {
+    // Whoever comes back need not wait for the next try.
+    if (this.isVisible && this._options.watch.seen.error) {
+      void this._options.watch.refresh();
+    }
+  }
+
+  // It is detached from one side and attached to the other without being hidden or shown.
+
+  protected override onAfterAttach(msg: Message): void {
+    super.onAfterAttach(msg);
+    this.node.addEventListener('pointerdown', this);
+    window.addEventListener('focus', this);
+    this._look();
+  }
+
+  protected override onBeforeDetach(msg: Message): void {
+    this.node.removeEventListener('pointerdown', this);
+    window.removeEventListener('focus', this);
+    this._options.watch.want(this.id, null);
+    super.onBeforeDetach(msg);
+  }
+
   protected override onAfterShow(msg: Message): void {
     super.onAfterShow(msg);
-    this._options.watch.want(this.id, this._interval);
-    this.update();
+    this._look();
   }
 
   protected override onAfterHide(msg: Message): void {
     super.onAfterHide(msg);
     this._options.watch.want(this.id, null);
+  }
+
+  private _look(): void {
+    if (this.isVisible) {
+      this._options.watch.want(this.id, this._interval);
+      this.update();
+    }
   }
 
   protected override render(): JSX.Element {

@@ -1,10 +1,14 @@
 import { MainAreaWidget, type ISessionContext } from '@jupyterlab/apputils';
 import type { NotebookPanel } from '@jupyterlab/notebook';
 import { OutputAreaModel, SimplifiedOutputArea } from '@jupyterlab/outputarea';
-import type { Kernel } from '@jupyterlab/services';
+import type { Kernel, KernelMessage } from '@jupyterlab/services';
 import { Widget } from '@lumino/widgets';
+import { execute, onSubshell, replyTo } from './actions';
 import { expression } from './answers';
 import { inferenceIcon } from './names';
+import { messageOf } from './watch';
+
+const AGAIN = 'Show the panel again';
 
 /** What leads to a tab again after the page was reloaded. */
 export interface TabOptions {
@@ -74,20 +78,54 @@ export class PanelTab extends MainAreaWidget {
       this._say('The notebook has no kernel.');
       return;
     }
-    this._clear();
+    this._say('Waiting for the kernel…');
     const area = new SimplifiedOutputArea({
       model: new OutputAreaModel({ trusted: true }),
       rendermime: this._notebook.content.rendermime
     });
-    area.future = kernel.requestExecute({
-      code: shown(this.options.model),
-      silent: false,
-      store_history: false,
-      allow_stdin: false
-    });
     this._area = area;
-    this.content.node.textContent = '';
-    Widget.attach(area, this.content.node);
+    this._ask(kernel, area).catch((error: unknown) => {
+      if (this._area === area) {
+        this._say(messageOf(error), AGAIN);
+      }
+    });
+  }
+
+  /**
+   * Have the kernel show the panel, while a cell runs too. It goes over the notebook's connection,
+   * which hears of the panel's widgets before it is told to show them.
+   */
+  private async _ask(
+    kernel: Kernel.IKernelConnection,
+    area: SimplifiedOutputArea
+  ): Promise<void> {
+    const drawn = new Promise<void>(resolve => {
+      area.model.changed.connect(() => {
+        if (this._area === area && area.model.length > 0 && !area.isAttached) {
+          this.content.node.textContent = '';
+          Widget.attach(area, this.content.node);
+          resolve();
+        }
+      });
+    });
+    await onSubshell(kernel, async subshell => {
+      if (this._area !== area) {
+        return; // closed, or begun anew
+      }
+      if (subshell === null) {
+        this._hint('Waiting for the cell that runs…');
+      }
+      const future = execute(kernel, subshell, {
+        code: shown(this.options.model),
+        silent: false,
+        store_history: false,
+        allow_stdin: false
+      });
+      area.future = future;
+      const replied = replyTo<KernelMessage.IExecuteReplyMsg>(future);
+      // Outputs have a channel of their own, and may come later than the reply.
+      await Promise.all([replied, Promise.race([drawn, future.done])]);
+    });
   }
 
   private _statusChanged(_: ISessionContext, status: Kernel.Status): void {
@@ -96,15 +134,16 @@ export class PanelTab extends MainAreaWidget {
       status === 'autorestarting' ||
       status === 'dead'
     ) {
-      this._say(
-        'The kernel was restarted: its models are gone.',
-        'Show the panel again'
-      );
+      this._say('The kernel was restarted: its models are gone.', AGAIN);
     }
   }
 
   private _say(text: string, again = ''): void {
     this._clear();
+    this._hint(text, again);
+  }
+
+  private _hint(text: string, again = ''): void {
     const line = document.createElement('p');
     line.className = 'jp-Inferkit-hint';
     line.setAttribute('role', 'status');

@@ -1,4 +1,5 @@
 import { useEffect, useRef, useState, type JSX } from 'react';
+import { refusal } from './answers';
 import { bytes, counted, figure, spark } from './figures';
 import type {
   Answer,
@@ -9,7 +10,7 @@ import type {
   State,
   Work
 } from './schema';
-import type { Seen } from './watch';
+import { messageOf, type Seen } from './watch';
 
 /** The notebook that is in front, as far as the sidebar has to do with it. */
 export interface Current {
@@ -374,9 +375,11 @@ function Loader(props: {
 
 function Progress(props: {
   work: Work;
-  cancel: (() => Promise<unknown>) | null;
+  cancel: (() => Promise<Answer>) | null;
 }): JSX.Element {
   const { work, cancel } = props;
+  const { pending, answer, run, dismiss } = useAct();
+  const [asked, setAsked] = useState(false); // and not refused
   return (
     <div className="jp-Inferkit-work" role="status">
       <div className="jp-Inferkit-row">
@@ -386,11 +389,16 @@ function Progress(props: {
         {cancel && (
           <button
             className="jp-Inferkit-button jp-mod-small"
+            disabled={pending || asked}
             onClick={() => {
-              void cancel();
+              void run(async () => {
+                const found = await cancel();
+                setAsked(found.ok);
+                return found;
+              });
             }}
           >
-            Cancel
+            {pending || asked ? 'Cancelling…' : 'Cancel'}
           </button>
         )}
       </div>
@@ -399,6 +407,7 @@ function Progress(props: {
         aria-label={work.what}
         {...(work.total ? { value: work.done, max: work.total } : {})}
       />
+      <Told answer={answer} dismiss={dismiss} insert={null} />
     </div>
   );
 }
@@ -491,15 +500,19 @@ function KernelView(props: KernelProps): JSX.Element {
         ))}
       {state?.work.map(work => (
         <Progress
-          key={work.what}
+          key={work.id || work.what}
           work={work}
-          cancel={kernel.here ? () => deeds.act(id, 'cancel') : null}
+          cancel={
+            kernel.here && work.id
+              ? () => deeds.act(id, 'cancel', { work: work.id })
+              : null
+          }
         />
       ))}
       {state && kernel.here && canShare(state) && (
         <button
-          className="jp-Inferkit-button jp-mod-small"
-          title="End and save the recording, and make the link that opens it on Binder"
+          className="jp-Inferkit-button jp-mod-small jp-Inferkit-shares"
+          title={`${state.recording ? 'End the recording, save it' : 'Save it'}, and make the link that opens it on Binder`}
           onClick={() => {
             deeds.share(id);
           }}
@@ -844,9 +857,14 @@ function useAct(): {
   const run: Run = async (work, tellSuccess = false) => {
     setPending(true);
     setAnswer(null);
-    const found = await work();
-    setAnswer(found.ok && !tellSuccess ? null : found);
-    setPending(false);
+    try {
+      const found = await work();
+      setAnswer(found.ok && !tellSuccess ? null : found);
+    } catch (error) {
+      setAnswer(refusal(messageOf(error)));
+    } finally {
+      setPending(false);
+    }
   };
   return {
     pending,

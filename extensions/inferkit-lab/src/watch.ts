@@ -63,7 +63,11 @@ export class Watch implements IDisposable {
       return;
     }
     const least = Math.min(...this._wishes.values());
-    this._poll.frequency = { interval: least, backoff: true, max: SLOWEST };
+    this._poll.frequency = {
+      interval: least,
+      backoff: true,
+      max: Math.max(least, SLOWEST)
+    };
     void this._poll.refresh();
   }
 
@@ -80,16 +84,21 @@ export class Watch implements IDisposable {
   }
 
   private async _ask(): Promise<void> {
+    this._asked += 1;
+    const number = this._asked;
     try {
-      this._tell({ state: await this._fetch(), error: '' });
+      this._tell(number, { state: await this._fetch(), error: '' });
     } catch (error) {
-      this._tell({ state: this._seen.state, error: messageOf(error) });
+      const { state } = this._seen;
+      this._tell(number, { state, error: messageOf(error) });
       throw error; // the poll backs off
     }
   }
 
-  private _tell(seen: Seen): void {
-    if (!this.isDisposed) {
+  /** What is known by the answer to a question; one that was overtaken tells nothing new. */
+  private _tell(number: number, seen: Seen): void {
+    if (!this.isDisposed && number > this._told) {
+      this._told = number;
       this._seen = seen;
       this._changed.emit(seen);
     }
@@ -99,10 +108,13 @@ export class Watch implements IDisposable {
   private readonly _poll: Poll;
   private readonly _wishes = new Map<string, number>();
   private readonly _changed = new Signal<this, Seen>(this);
+  private _asked = 0;
+  private _told = 0;
   private _seen: Seen = { state: null, error: '' };
 }
 
-const SLOWEST = 30_000;
+/** Milliseconds between two looks for a server that is gone, which somebody waits for. */
+const SLOWEST = 5000;
 
 /** What an error says. */
 export function messageOf(error: unknown): string {

@@ -42,13 +42,15 @@ export function kernel(id: string, ...models: ModelState[]): Kernel {
       kernel_id: id,
       pid: 1,
       started: 0,
+      host: 'here',
       written: 0,
       notebook: `folder/${id}.ipynb`,
       models,
       devices: [],
       work: [],
       actions: ['share'],
-      experiment: null
+      experiment: null,
+      recording: false
     }
   };
 }

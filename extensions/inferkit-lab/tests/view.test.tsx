@@ -135,6 +135,47 @@ test('a choice is sent to the kernel, and a refusal shown', async () => {
   expect(choice?.value).toBe('none'); // as the kernel is
 });
 
+test('an action that fails leaves the controls as they were', async () => {
+  deeds.act.mockRejectedValueOnce(new Error('The server is gone.'));
+  show(state(kernel('a', model())));
+  await act(async () => {
+    button('Unload').click();
+    await Promise.resolve();
+  });
+  expect(place.querySelector('[role=alert]')?.textContent).toContain(
+    'The server is gone.'
+  );
+  expect(button('Unload').disabled).toBe(false);
+});
+
+test('work that can be ended is, by its own button, and a refusal is shown', async () => {
+  const one = kernel('a', model());
+  const work = [
+    { what: 'Loading x', done: 0, total: null, id: 7 },
+    { what: 'Changing the batching', done: 0, total: null, id: 0 }
+  ];
+  show(state({ ...one, state: one.state && { ...one.state, work } }));
+  const cancels = (): HTMLButtonElement[] =>
+    [...place.querySelectorAll('button')].filter(each =>
+      each.textContent?.startsWith('Cancel')
+    );
+  expect(cancels()).toHaveLength(1);
+  const click = async (): Promise<void> => {
+    await act(async () => {
+      cancels()[0]?.click();
+      await Promise.resolve();
+    });
+  };
+  deeds.act.mockResolvedValueOnce({ ...done, ok: false, text: 'It is over.' });
+  await click();
+  expect(deeds.act).toHaveBeenCalledWith('a', 'cancel', { work: 7 });
+  expect(place.querySelector('[role=alert]')?.textContent).toContain(
+    'It is over.'
+  );
+  await click();
+  expect(cancels()[0]?.textContent).toBe('Cancelling…');
+});
+
 test('what cannot be reached can be watched, and not changed', () => {
   const one = kernel('a', model({ running: 1 }));
   show(state({ ...one, here: false }));

@@ -1,4 +1,5 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
+import type { State } from '../src/schema';
 import { Watch } from '../src/watch';
 import { state } from './states';
 
@@ -39,7 +40,7 @@ test('asks as often as the most eager wants, and not at all without anybody', as
   expect(watch.active).toBe(false);
 });
 
-test('keeps what it knows when the server is gone, and asks less and less', async () => {
+test('keeps what it knows when the server is gone, and asks less often', async () => {
   let up = true;
   const fetch = vi.fn(() =>
     up ? Promise.resolve(state()) : Promise.reject(new Error('gone'))
@@ -57,9 +58,26 @@ test('keeps what it knows when the server is gone, and asks less and less', asyn
   expect(fetch.mock.calls.length).toBeLessThan(20);
 
   up = true;
-  await seconds(60);
+  await seconds(5); // somebody waits for it
   expect(watch.seen.error).toBe('');
   watch.dispose();
+});
+
+test('an answer that comes after a newer one is passed over', async () => {
+  const answers: ((found: State) => void)[] = [];
+  const watch = new Watch(
+    () =>
+      new Promise(resolve => {
+        answers.push(resolve);
+      })
+  );
+  const slow = watch.refresh();
+  const quick = watch.refresh();
+  answers[1]?.({ ...state(), time: 2 });
+  await quick;
+  answers[0]?.({ ...state(), time: 1 });
+  await slow;
+  expect(watch.seen.state?.time).toBe(2);
 });
 
 test('leaves no timer behind', async () => {
