@@ -29,7 +29,7 @@ import { share } from './share';
 import { InferenceSidebar } from './sidebar';
 import { InferenceStatus } from './status';
 import { PanelTab, type TabOptions } from './tab';
-import type { Current, Deeds } from './view';
+import type { Current, Deeds } from './deeds';
 import { Watch } from './watch';
 
 const CATEGORY = 'Inference';

@@ -2,7 +2,8 @@ import { ReactWidget } from '@jupyterlab/ui-components';
 import type { Message } from '@lumino/messaging';
 import type { JSX } from 'react';
 import { inferenceIcon } from './names';
-import { Sidebar, type Current, type Deeds } from './view';
+import type { Current, Deeds } from './deeds';
+import { Sidebar } from './view';
 import type { Watch } from './watch';
 
 /** The sidebar: watches while it is seen, and does nothing while it is not. */

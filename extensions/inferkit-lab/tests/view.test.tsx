@@ -2,7 +2,8 @@ import { act } from 'react';
 import { createRoot } from 'react-dom/client';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import type { Answer, State } from '../src/schema';
-import { Sidebar, type Deeds } from '../src/view';
+import type { Deeds } from '../src/deeds';
+import { Sidebar } from '../src/view';
 import { kernel, model, state } from './states';
 
 const done: Answer = {
