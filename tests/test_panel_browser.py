@@ -109,8 +109,10 @@ class PanelView:
         """The message at a field."""
         return self.field(label).locator(".ik-wrong")
 
-    def mode(self, name: str) -> Locator:
-        return self.root.locator(f".ik-segments button:text-is('{name}')")
+    def mode(self, name: str, of: str | None = None) -> Locator:
+        """A button of the toggles, or of the one of that label."""
+        toggle = ".ik-segments" + (f"[aria-label='{of}']" if of else "")
+        return self.root.locator(f"{toggle} button:text-is('{name}')")
 
     def fill(self, values: dict[str, str | bool]) -> None:
         for label, value in values.items():
@@ -781,9 +783,9 @@ def test_two_views_show_the_same_panel_over_a_loaded_model(
     same.wait_for_end()
     assert same.text == card.text
     assert one.cards.count() == two.cards.count()
-    one.mode("off").click()
+    one.mode("off", "Batching").click()
     expect(two.about).to_contain_text("off batching")
-    expect(two.mode("off")).to_have_attribute("aria-pressed", "true")
+    expect(two.mode("off", "Batching")).to_have_attribute("aria-pressed", "true")
     assert tab.errors == []
 
 
