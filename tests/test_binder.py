@@ -33,6 +33,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEMORY = 2 << 30  # bytes that mybinder.org gives a session
 START_SECONDS = 60
 PATIENCE = ("--timeout", "3600")  # seconds for a cell: two slow processors may be all there are
+# How this machine reaches package indexes: PyPI for pip, and npm for the extension's build.
+_OF_THIS_NETWORK = ("PIP_", "SSL_", "NODE_EXTRA_CA_CERTS", "npm_config_", "YARN_")
 PROXIES = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DIRECT = [
@@ -228,7 +230,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
     subprocess.run([python, "-m", "venv", str(venv)], check=True)
     env = {
         # How packages are reached from here, and nothing else of this machine.
-        **{n: v for n, v in os.environ.items() if n.startswith(("PIP_", "SSL_")) or n in PROXIES},
+        **{n: v for n, v in os.environ.items() if n.startswith(_OF_THIS_NETWORK) or n in PROXIES},
         "PATH": f"{venv / 'bin'}:{os.defpath}",
         "HOME": str(home),
         "CPU_LIMIT": "2.0",
