@@ -622,9 +622,14 @@ def test_fifty_kernels_are_shown_and_can_be_filtered(
 
 
 def test_the_browsers_console_has_no_error(sidebar: Sidebar) -> None:
-    # But for the answers that a test has kept from the page, and what JupyterLab says of a kernel
-    # that it was asked to shut down.
-    known = ("Failed to load resource", "Could not restore the debugger state")
+    # But for the answers that a test has kept from the page, what JupyterLab says of a kernel that
+    # it was asked to shut down, and what its own script throws now and then when theme and width
+    # change (no frame of ours is in that stack).
+    known = (
+        "Failed to load resource",
+        "Could not restore the debugger state",
+        "Failed to execute 'removeChild' on 'Node'",
+    )
     assert [error for error in sidebar.tab.errors if not error.startswith(known)] == []
 
 
