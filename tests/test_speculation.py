@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import inferkit as ik
 from inferkit.engine.guesses import MOST, Lookup, Pace
+from inferkit.engine.runner import SlottedRunner
 
 # -- guessing -------------------------------------------------------------------------------------
 
@@ -225,6 +227,22 @@ def test_it_goes_on_whatever_becomes_of_the_draft(pair):
     draft.unload()
     assert served.speculative == "off"
     check(False)
+
+
+def test_who_guesses_may_change_while_guesses_are_checked(pair, monkeypatch):
+    served, _ = pair
+    wanted = served.generate(IDS, max_tokens=20, ignore_eos=True)
+    served.configure(speculative="draft:small")
+    verify, others = SlottedRunner.verify, itertools.cycle(["ngram", "draft:small", "off"])
+
+    def change(self, chunks):
+        if self is served._engine.runner:
+            served.configure(speculative=next(others))
+        return verify(self, chunks)
+
+    monkeypatch.setattr(SlottedRunner, "verify", change)
+    got = served.generate(IDS, max_tokens=20, ignore_eos=True)
+    assert [g.token_ids for g in got] == [g.token_ids for g in wanted]
 
 
 def test_a_draft_that_fails_is_given_up(pair, monkeypatch, caplog):

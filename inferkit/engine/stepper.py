@@ -259,12 +259,13 @@ class Stepper:
     def _decode(self, entries: Sequence[Entry]) -> int:
         """Give each entry a token, or several; return how many they were."""
         rows = sorted(entries, key=lambda e: e.slot)
-        guesses = self._guesses(rows)
+        guesser = self.guesser  # another thread may replace it meanwhile
+        guesses = self._guesses(guesser, rows)
         logits = None
         if any(guesses):
             logits, _ = _attempt(self._run_verify, rows, guesses)
         if logits is not None:
-            chosen, problem = _attempt(self._accept, rows, guesses, logits)
+            chosen, problem = _attempt(self._accept, guesser, rows, guesses, logits)
         else:  # there is no guess, or checking failed, and the smaller pass may do
             chosen, problem = _attempt(self._run_decode, rows)
         if problem is not None:
@@ -282,9 +283,8 @@ class Stepper:
                     break
         return sum(e.request.generated for e in rows) - before
 
-    def _guesses(self, entries: Sequence[Entry]) -> list[list[int]]:
+    def _guesses(self, guesser: Guesser | None, entries: Sequence[Entry]) -> list[list[int]]:
         """What may come next of each entry, where that is to be guessed."""
-        guesser = self.guesser  # another thread may replace it meanwhile
         if guesser is None:
             return [[] for _ in entries]
         # All rows of a pass are as wide as the widest, which must end within the context; and in
@@ -321,7 +321,11 @@ class Stepper:
         return torch.cat(self._timed(self.runner.verify, chunks))
 
     def _accept(
-        self, entries: Sequence[Entry], guesses: Sequence[Sequence[int]], logits: torch.Tensor
+        self,
+        guesser: Guesser | None,
+        entries: Sequence[Entry],
+        guesses: Sequence[Sequence[int]],
+        logits: torch.Tensor,
     ) -> list[list[Sampled]]:
         """Choose the tokens of each entry, as far as they were guessed right, and one more.
 
@@ -339,8 +343,8 @@ class Stepper:
             right = _agreed(tokens, guess)
             entry.request.sampler.take_back(len(guess) - right)
             if guess:
-                if self.guesser is not None:
-                    self.guesser.learn(entry, len(guess), right)
+                assert guesser is not None
+                guesser.learn(entry, len(guess), right)
                 entry.request.speculated(len(guess), right)
             found.append(tokens[: right + 1])
         return found
