@@ -294,7 +294,7 @@ def open_notebook(browser: Browser, lab: Lab, name: str, *, script: str = "") ->
     tab.page.set_default_timeout(60_000)
     if script:
         tab.page.add_init_script(script)
-    tab.page.on("pageerror", lambda error: tab.errors.append(str(error)))
+    tab.page.on("pageerror", lambda error: tab.errors.append(f"{error}\n{error.stack}"))
     tab.page.on(
         "console", lambda said: tab.errors.append(said.text) if said.type == "error" else None
     )
