@@ -59,7 +59,8 @@ class Transients:
         residual, norms   t * hidden * (6 * itemsize + 2 * 4)          two copies in fp32
         projections, MLP  t * width * 4 * itemsize                     gate, up, their product, out
         attention         t * positions * (heads * (itemsize + written) + 1 + itemsize)
-        dequantized       the largest quantized weight, or its unpacked form or a tile of it
+        dequantized       the largest quantized weight, or its unpacked form or a tile of it; a tile
+                          of a weight in 16 bits on a CPU that multiplies none
 
         keys and values   one layer's share of the KV cache            when rows are gathered
 
@@ -99,7 +100,10 @@ class Transients:
             heads=_most_heads(text),
             written=_written_out(model, text, itemsize),
             vocab=int(vocab),
-            dequantized=_unpacked_bytes(form, max(unpacked, default=0), itemsize),
+            dequantized=max(
+                _unpacked_bytes(form, max(unpacked, default=0), itemsize),
+                _tile_bytes(model, max((w.numel() for w in linears), default=0)),
+            ),
         )
 
     def layer_bytes(self, tokens: int, positions: int, itemsize: int) -> int:
@@ -256,10 +260,18 @@ def _is_projection(module: Any) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def _tile_bytes(model: Any, weights: int) -> int:
+    """Bytes that a layer of so many weights in 16 bits takes on a CPU that multiplies none."""
+    from inferkit.tiled import scratch_bytes, tileable
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    return scratch_bytes(weights) if tileable("cpu", dtype) else 0
+
+
 def _unpacked_bytes(form: WeightFormat, weights: int, itemsize: int) -> int:
     """Bytes that a layer of so many quantized weights takes to run, beside input and output."""
     if form.weight_only:
-        from inferkit.weight_only import scratch_bytes
+        from inferkit.tiled import scratch_bytes
 
         return scratch_bytes(weights)
     # 4-bit weights are unpacked to int32 and repacked once for CPUs with AVX-512.

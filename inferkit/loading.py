@@ -167,6 +167,7 @@ def _read_weights(
     source: Source, plan: MemoryPlan, trust_remote_code: bool, progress: Progress
 ) -> tuple[Any, Offloaded | None]:
     from inferkit.packing import limit_kernels, pack_linears
+    from inferkit.tiled import tile_linears
 
     limit_kernels()
     with ExitStack() as undo:
@@ -183,6 +184,7 @@ def _read_weights(
             offloaded = offload(module, plan.device_map, runners(names), undo.pop_all().close)
     quantize_weights(module, plan.format, progress=progress)
     pack_linears(module, progress=progress)
+    tile_linears(module)
     _own_memory(module, plan.format.stored)
     _dense_input(module.get_output_embeddings())
     return module, offloaded

@@ -14,20 +14,18 @@ divergence of int8wo from 0.0047 to 0.0052 nats per token, and that of int4wo by
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from inferkit.packing import plain_linear
+from inferkit.tiled import ALIGN, by_tiles, tiles
 
 __all__ = ["MODES", "WeightOnlyLinear", "fits", "linear_shape", "packed_bytes", "quantize_linear"]
-__all__ += ["empty_linear", "scratch_bytes"]
+__all__ += ["empty_linear"]
 
 MODES = ("int8wo", "int4wo")
 GROUP = 32  # weights of a row that share scale and zero in int4: the finest that the kernel takes
-_TILE = 1 << 19  # weights that are unpacked at once: 2 MiB in fp32, which stay in the cache
-_ALIGN = 64  # the rows of a tile divide by this, so that it holds whole blocks of the packed layout
 _STEP = 16  # weights that the int8 kernel reads at once under AVX-512; AVX2 reads 8
 _INT4_ROWS = 16  # rows that the int4 kernel packs together at least
 
@@ -37,10 +35,10 @@ class WeightOnlyLinear(nn.Module):
 
     It has no ``weight``: a model whose code reads that cannot run on it.
 
-    For many rows, as in prefill, the kernels lose against unpacking the weight, a tile that stays
-    in the cache at a time, and multiplying in fp32. Measured for [2048, 640] on an AMD EPYC under
-    AVX2, one thread, torch 2.13, in ms by rows of the input (the plain product in fp32 and bf16
-    beside it; with [262144, 640] it is the same picture)::
+    For many rows, as in prefill, the kernels lose against tiles in fp32 (:mod:`inferkit.tiled`).
+    Measured for [2048, 640] on an AMD EPYC under AVX2, one thread, torch 2.13, in ms by rows of the
+    input (the plain product in fp32 and bf16 beside it; with [262144, 640] it is the same
+    picture)::
 
                    1     8    16    32    64   512
         fp32     0.2   0.7   1.8   2.2   4.1    23
@@ -78,20 +76,16 @@ class WeightOnlyLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in_features] times the weight's transpose, plus the bias."""
         rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
-        product = self._by_tiles(rows) if self._unpacks(rows.shape[0]) else self._by_kernel(rows)
+        if self._unpacks(rows.shape[0]):
+            product = by_tiles(rows, self.out_features, self._unpacked)
+        else:
+            product = self._by_kernel(rows)
         product = product.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
         """As ``nn.Linear`` tells it."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
-
-    def _by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
-        product = rows.new_empty(len(rows), self.out_features)
-        wide = rows.float()
-        for tile in _tiles(self.out_features, self.in_features):
-            product[:, tile] = wide @ self._unpacked(tile).T
-        return product
 
     def _unpacks(self, rows: int) -> bool:
         return rows >= self.many
@@ -127,7 +121,7 @@ class Int8Linear(WeightOnlyLinear):
         rows, columns = weight.shape
         packed = torch.empty(rows, columns, dtype=torch.int8)
         scales = torch.empty(rows, dtype=torch.bfloat16)
-        for tile in _tiles(rows, columns):
+        for tile in tiles(rows, columns):
             part = weight[tile].float()
             scales[tile] = _scale(part.abs().amax(1) / 127)
             packed[tile] = (part / scales[tile].float()[:, None]).round_().clamp_(-127, 127)
@@ -165,7 +159,7 @@ class Int4Linear(WeightOnlyLinear):
         rows, columns = weight.shape
         packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
         scales = torch.empty(columns // GROUP, rows, 2, dtype=torch.bfloat16)
-        for tile in _tiles(rows, columns):
+        for tile in tiles(rows, columns):
             groups = weight[tile].float().unflatten(1, (-1, GROUP))
             low, high = groups.aminmax(dim=2)
             # Rounded before the weights are: these make good for it.
@@ -231,21 +225,10 @@ def packed_bytes(mode: str, rows: int, columns: int) -> int:
     return rows * columns // 2 + 2 * 2 * rows * columns // GROUP
 
 
-def scratch_bytes(weights: int) -> int:
-    """Bytes beside input and output while a layer of so many weights runs: a tile, unpacked."""
-    return 8 * min(weights, _TILE)  # in fp32, and int4's bytes on the way there
-
-
 def _matrix(child: nn.Module) -> torch.Tensor:
     """The weight [out_features, in_features]; a ``Conv1D`` has it the other way round."""
     weight: torch.Tensor = child.weight  # type: ignore[assignment]
     return weight if isinstance(child, nn.Linear) else weight.T
-
-
-def _tiles(rows: int, columns: int) -> Iterator[slice]:
-    step = max(_ALIGN, _TILE // columns // _ALIGN * _ALIGN)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _scale(scale: torch.Tensor) -> torch.Tensor:
@@ -271,7 +254,7 @@ def _half_block() -> int:
 
     It depends on the CPU and is documented nowhere, so that it is tried out.
     """
-    numbers = (torch.arange(4 * _ALIGN * GROUP).reshape(-1, GROUP) * 7 % 16).int()
+    numbers = (torch.arange(4 * ALIGN * GROUP).reshape(-1, GROUP) * 7 % 16).int()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
     for half in (32, 16):
         if torch.equal(_int4_numbers(packed, half).T.int(), numbers):

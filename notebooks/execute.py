@@ -19,7 +19,7 @@ import nbformat
 import plotly.io
 import plotly.offline
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None]:
-    """Run all cells; return the notebook and the traceback of the cell that failed, if one did."""
+    """Run all cells; return the notebook and, if one failed, why: its traceback, say."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -54,7 +54,7 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None
     failure = None
     try:
         client.execute()
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = str(error)
     drop_widgets(notebook)
     return notebook, failure

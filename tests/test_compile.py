@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import inferkit as ik
-from inferkit import packing
+from inferkit import packing, tiled
 from inferkit.engine import compiled, compiling
 from inferkit.engine.runner import Chunk
 
@@ -185,6 +185,24 @@ def test_weights_in_four_bits_run_compiled_too(load: Callable[..., ik.Model]) ->
     wanted = say(model)
     model.configure(compile=True)
     assert model.compilation.wait(PATIENCE), str(model.compilation)
+    assert say(model) == wanted
+
+
+@pytest.mark.slow
+def test_rows_that_are_multiplied_by_tiles_are_not_compiled(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "packable", lambda device, dtype: False)
+    monkeypatch.setattr(tiled, "tileable", lambda device, dtype: device == "cpu")
+    model = load("llama", dtype="bfloat16", compile=False)
+    wanted = say(model)
+    model.configure(compile=True)
+    assert model.compilation.wait(PATIENCE), str(model.compilation)
+    runner = model._parts.engine.runner
+    made = [
+        f.name for f in compiling._home(compiling._job(runner.module, runner.geometry)).iterdir()
+    ]
+    assert sorted(made) == ["0-one.pt2", "layers.json"]
     assert say(model) == wanted
 
 

@@ -311,6 +311,25 @@ def test_a_failing_cell_ends_the_run_and_leaves_the_notebook_as_it_was(tmp_path:
     assert "before" in done.page
 
 
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [("import time; time.sleep(60)", "timed out"), ("import os; os._exit(1)", "Kernel died")],
+)
+def test_a_cell_without_an_end_leaves_a_page_of_what_ran(
+    tmp_path: Path, source: str, why: str
+) -> None:
+    done = run(
+        write(tmp_path / "endless.ipynb", "print('before')", source),
+        tmp_path / "out",
+        "--timeout",
+        "5",
+    )
+    assert done.status == 1
+    assert why in done.stderr
+    assert "A cell failed; the page up to there" in done.stderr
+    assert "before" in done.page
+
+
 @pytest.mark.browser
 def test_in_place_keeps_figures_as_pictures_and_drops_progress_bars(tmp_path: Path) -> None:
     source = write(

@@ -107,7 +107,7 @@ def test_int4_bytes_in_an_unknown_order_are_left_to_the_kernel(
     made, x = quantize_linear("int4wo", plain), torch.randn(200, 64)
     by_tiles = made(x)
     monkeypatch.setattr(weight_only, "_half_block", lambda: 0)
-    monkeypatch.setattr(made, "_by_tiles", pytest.fail)
+    monkeypatch.setattr(weight_only, "by_tiles", pytest.fail)
     torch.testing.assert_close(made(x), by_tiles, rtol=2**-7, atol=2**-8)
 
 

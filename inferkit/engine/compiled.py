@@ -22,10 +22,10 @@ CONTENTS = "layers.json"
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """What layers share: the code for one row and for several, and how it is called."""
+    """What layers share: the code for one row and for several (if any), and how it is called."""
 
     one: Any
-    many: Any
+    many: Any | None
     tensors: tuple[Callable[[tuple[Any, Any]], Any], ...]
     cache: Callable[[tuple[Any, Any]], Any]
     weights: tuple[str, ...]
@@ -45,7 +45,8 @@ class CompiledLayers:
 
     def __init__(self, module: Any, folder: Path) -> None:
         contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-        graphs = [_graph(folder, i, g) for i, g in enumerate(contents["graphs"])]
+        found, many = contents["graphs"], contents["many"]
+        graphs = [_graph(folder, i, g, many) for i, g in enumerate(found)]
         self._layers = [
             _Layer(module.get_submodule(name), index, graphs[graph])
             for index, (name, graph) in enumerate(contents["layers"])
@@ -79,11 +80,11 @@ class _Layer:
         if operands is None:
             return self._forward(*args, **kwargs)
         rows, tokens = operands[3].shape
-        if tokens != 1:
+        program = graph.one if rows == 1 else graph.many
+        if tokens != 1 or program is None:
             return self._forward(*args, **kwargs)
         # The code counts on dense tensors, and on all else that the shapes of a step decide.
         inputs = [find(given).contiguous() for find in graph.tensors]
-        program = graph.one if rows == 1 else graph.many
         out = program.boxed_run([*inputs, *operands, *self._weights])[0]
         return (out,) if graph.wrapped else out
 
@@ -94,10 +95,10 @@ class _Layer:
             del self._module.forward
 
 
-def _graph(folder: Path, number: int, found: dict[str, Any]) -> _Graph:
+def _graph(folder: Path, number: int, found: dict[str, Any], many: bool) -> _Graph:
     return _Graph(
         one=_program(folder / f"{number}-one.pt2"),
-        many=_program(folder / f"{number}-many.pt2"),
+        many=_program(folder / f"{number}-many.pt2") if many else None,
         tensors=tuple(_finder(where) for where in found["tensors"]),
         cache=_finder(found["cache"]),
         weights=tuple(found["weights"]),

@@ -41,12 +41,13 @@ from inferkit.engine.serving import compiled_reason, graphs_reason
 from inferkit.errors import OptionError, first_line
 from inferkit.html import format_bytes
 from inferkit.packing import PackedLinear
+from inferkit.tiled import TiledLinear
 from inferkit.weight_only import WeightOnlyLinear
 
 Compile = bool | Literal["auto"]
 Status = Literal["eager", "compiling", "compiled"]
 
-FORMAT = 1  # goes up when the code is made or called in another way
+FORMAT = 2  # goes up when the code is made or called in another way
 SMALL = 64 << 20
 """Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
 ROOM = 2 << 30
@@ -387,6 +388,7 @@ def _job(module: Any, geometry: Any) -> dict[str, Any]:
         "dtype": str(module.dtype).removeprefix("torch."),
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors},
         "packed": [name for name, m in named if isinstance(m, PackedLinear)],
+        "tiled": any(isinstance(m, TiledLinear) for _, m in named),
         "weight_only": {name: m.mode for name, m in named if isinstance(m, WeightOnlyLinear)},
         "geometry": [asdict(g) for g in geometry],
         "threads": torch.get_num_threads(),

@@ -4,9 +4,9 @@
 
 A layer is a pure function of its inputs, of one layer's keys and values, and of its weights. It is
 traced on empty tensors and compiled ahead of time by torch's inductor (AOTInductor), for one row
-and for any number of rows. Layers that trace to the same graph share its code, so that the time
-does not grow with the depth of a model. The code holds no weights and no size of the KV cache, so
-that it serves every load of the same architecture.
+and, unless tiles are faster (:mod:`inferkit.tiled`), for any number of rows. Layers that trace to
+the same graph share its code, so that the time does not grow with the depth of a model. The code
+holds no weights and no size of the KV cache, so that it serves every load of the same architecture.
 
 Each line of the output is JSON: ``{"done": 1, "total": 4}``, or ``{"error": "..."}`` at the end.
 """
@@ -400,13 +400,18 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
             contents.append(asdict(signature))
             examples.append((i, signature))
         chosen.append(graphs[text])
-    total = 2 * len(examples)
-    for number, (i, signature) in enumerate(examples):
-        for kind, rows in (("one", 1), ("many", MANY)):
-            tell(2 * number + (kind == "many"), total)
-            program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, rows)
-            _compile(program, folder / f"{number}-{kind}.pt2")
-    table = {"layers": [[name, g] for (name, _), g in zip(named, chosen)], "graphs": contents}
+    # Weights that are multiplied by tiles where there are several rows are faster than compiled.
+    kinds = {"one": 1} if job["tiled"] else {"one": 1, "many": MANY}
+    todo = [(*example, kind) for example in enumerate(examples) for kind in kinds]
+    for done, (number, (i, signature), kind) in enumerate(todo):
+        tell(done, len(todo))
+        program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, kinds[kind])
+        _compile(program, folder / f"{number}-{kind}.pt2")
+    table = {
+        "layers": [[name, g] for (name, _), g in zip(named, chosen)],
+        "graphs": contents,
+        "many": "many" in kinds,
+    }
     (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
 
 
