@@ -25,6 +25,7 @@ def markdown(results: dict[str, Any]) -> str:
         "modes": _modes,
         "compiled": _compiled,
         "speculation": _speculation,
+        "tiles": _tiles,
         "panel": _panel,
         "imports": _imports,
     }
@@ -350,6 +351,24 @@ def _speculation(results: dict[str, Any]) -> Iterator[str]:
         ),
         rows,
     )
+
+
+def _tiles(results: dict[str, Any]) -> Iterator[str]:
+    found = results["tiles"]
+    if found is None:
+        yield "### Tiles\n\nThis processor multiplies bf16 itself: nothing is done by tiles."
+        return
+    yield f"### bf16 by tiles on a CPU without bf16, ms ({found['rounds']} rounds)\n"
+    rows = [
+        (
+            f"step, batch {r['batch']}" if r["batch"] else f"prefill of {found['prompt']} tokens",
+            r["way"],
+            _spread(r["step_ms"], 1),
+            _spread(r["ratio"], 2),
+        )
+        for r in found["rows"]
+    ]
+    yield from _table(("what", "way", "ms", "against bf16, plain"), rows)
 
 
 def _pair(row: dict[str, Any]) -> str:

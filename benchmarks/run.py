@@ -35,6 +35,7 @@ PARTS = (
     "modes",
     "compiled",
     "speculation",
+    "tiles",
     "panel",
     "imports",
 )
@@ -72,6 +73,7 @@ def main() -> None:
         "speculation": lambda: in_fresh_process(
             "speculation.py", **steps | {"batches": _SPECULATED}, device=asked.device
         ),
+        "tiles": lambda: in_fresh_process("tiles.py", **steps),
         "panel": lambda: in_fresh_process(
             "panel.py",
             path=str(model),

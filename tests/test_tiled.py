@@ -36,7 +36,7 @@ def test_products_are_the_plain_layers_ones(dtype: torch.dtype, rows: int, colum
     made = layer(rows, columns, dtype)
     weight, bias = made.weight.double(), made.bias.double()
     made.__class__ = TiledLinear
-    for shape in [(), (1,), (3, 1), (4,), (5, 30), (2, 1, 40), (0,)]:
+    for shape in [(), (1,), (3, 1), (8,), (5, 30), (2, 1, 40), (0,)]:
         x = torch.randn(*shape, columns).to(dtype)
         got, wanted = made(x), x.double() @ weight.T + bias
         assert (got.dtype, got.shape) == (dtype, wanted.shape)
@@ -48,9 +48,9 @@ def test_few_rows_are_left_to_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -
     made = layer(64, 32, torch.bfloat16)
     made.__class__ = TiledLinear
     monkeypatch.setattr(tiled, "by_tiles", lambda *_: pytest.fail("by tiles"))
-    made(torch.randn(3, 1, 32).bfloat16())
+    made(torch.randn(7, 1, 32).bfloat16())
     with pytest.raises(pytest.fail.Exception, match="by tiles"):
-        made(torch.randn(2, 2, 32).bfloat16())
+        made(torch.randn(2, 4, 32).bfloat16())
 
 
 def test_only_plain_layers_in_16_bits_are_tiled(unable: None) -> None:
@@ -80,7 +80,7 @@ def test_it_is_for_cpus_without_kernels_of_their_own() -> None:
 def test_a_model_says_what_its_plain_layers_say(
     tiny_model: Callable[[str], Path], unable: None, monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:
-    options = {"dtype": "bfloat16", "device": "cpu", "context": 128, "max_batch": 6}
+    options = {"dtype": "bfloat16", "device": "cpu", "context": 128, "max_batch": 8}
     prompts = [list(range(5, 5 + n)) for n in (1, 7, 30, 3, 60)]
     with ik.load(tiny_model(arch), name="tiled", **options) as model:
         module = model._parts.loaded.module
