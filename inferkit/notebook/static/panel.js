@@ -100,7 +100,8 @@ function createPanel(store, root) {
     return labelled(name, label, toggles[name].element, hint);
   }
 
-  // A button that is off keeps the focus, and says that it is off.
+  // A button that is off keeps the focus, and says that it is off. One of the class "ik-here" asks
+  // nothing of the kernel.
   function button(text, title, click, more = "") {
     const element = h("button", { type: "button", class: `ik-button ${more}`, title }, text);
     element.addEventListener("click", () => isOn(element) && click());
@@ -108,7 +109,7 @@ function createPanel(store, root) {
   }
 
   const isOn = (element) => element.getAttribute("aria-disabled") !== "true";
-  const enable = (element, on) => element.setAttribute("aria-disabled", String(!on));
+  const enable = (element, on) => element.setAttribute("aria-disabled", String(!on || store.gone));
 
   // -- model --------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ function createPanel(store, root) {
   const copies = button("Send copies", "Send the prompt so many times at once", () => act("send", { how: "copies" }));
   const lines = button("Send each line", "Each line is a prompt of its own", () => act("send", { how: "lines" }));
   const stop = button("Stop", "Stop all requests of this model (Esc)", () => act("stop"), "ik-stop");
-  const copy = button("Copy as code", "The cell that repeats this", copyCode);
+  const copy = button("Copy as code", "The cell that repeats this", copyCode, "ik-here");
   const keep = button("Keep figure", "Show the plot below as a plotly figure", () => act("keep"));
   const code = h("div", { class: "ik-code", hidden: true });
   const wrongCopies = h("div", { class: "ik-wrong", role: "alert", id: unique("wrong"), hidden: true });
@@ -274,7 +275,7 @@ function createPanel(store, root) {
     const said = h("span", { role: "status", class: "ik-faint" });
     code.hidden = false;
     code.replaceChildren(
-      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true))),
+      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true), "ik-here")),
       h("pre", { tabindex: 0 }, text));
     copyText(text).then((done) => {
       said.textContent = done ? "Copied: paste it into a cell." : "Select it and copy it into a cell.";
@@ -319,8 +320,18 @@ function createPanel(store, root) {
     link.textContent = store.gone
       ? `${store.dead}: this panel is no longer connected. Run its cell again for a new one; what is shown stays.`
       : `${store.dead} for some seconds: it may be busy, or gone. This goes away when it answers.`;
-    root.classList.toggle("ik-dead", Boolean(store.dead));
-    body.inert = store.gone;
+    root.classList.toggle("ik-silent", Boolean(store.dead) && !store.gone);
+    if (store.gone) leaveToRead();
+  }
+
+  // What would ask something of the kernel is off; what is shown can be read, selected and copied.
+  function leaveToRead() {
+    for (const box of body.querySelectorAll("input, textarea, select")) {
+      if (box.matches("input[type=text], textarea")) box.readOnly = true;
+      else box.disabled = true;
+    }
+    Object.values(toggles).forEach((each) => each.disable(true));
+    body.querySelectorAll(".ik-button:not(.ik-here)").forEach((each) => enable(each, false));
   }
 
   const draws = {
@@ -338,6 +349,7 @@ function createPanel(store, root) {
     cards.draw();
     enable(keep, store.requests.size > 0);
     drawNow();
+    if (store.gone) leaveToRead(); // this was still to be drawn when the kernel went
   }
 
   const plot = createPlot(store, root, drawUpdate);

@@ -113,6 +113,7 @@ function createStore(model) {
   }
 
   function send(message) {
+    if (store.gone) return;
     watched = performance.now();
     try {
       model.send(message);
