@@ -49,6 +49,7 @@ _NUMBERS: dict[str, type] = {
 _NOT_PLANNED = ("batching", "speculative")  # no memory depends on them
 _MOST_PROMPTS = 1000
 _LONGEST = 18  # characters of a whole number
+_LONGEST_SEED = 1000  # of one that may be of any size: somebody may have pasted a page
 
 
 class FormError(OptionError):
@@ -196,12 +197,19 @@ def _number(kind: type) -> Callable[[str], Any]:
 
 
 def _seed(text: str) -> int:
-    return _integer(text, "; write one, or “random”.")
+    hint = "; write one, or “random”."
+    if len(text) > _LONGEST_SEED:
+        raise ValueError(f"{_shown(text)} has more than {_LONGEST_SEED:,} characters{hint}")
+    return _whole_number(text, hint)
 
 
 def _integer(text: str, hint: str = ".") -> int:
     if len(text) > _LONGEST:  # a larger number would overflow wherever it becomes a float
         raise ValueError(f"{_shown(text)} is too long for a number{hint}")
+    return _whole_number(text, hint)
+
+
+def _whole_number(text: str, hint: str) -> int:
     try:
         return int(text.replace("_", ""))
     except ValueError:
