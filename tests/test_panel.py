@@ -29,7 +29,7 @@ from held import held, wait_until
 from IPython.core.inputtransformer2 import TransformerManager
 
 import inferkit as ik
-from inferkit import registry
+from inferkit import memory, registry
 from inferkit.html import format_number
 from inferkit.notebook import assets, live, picture, recipe
 from inferkit.notebook import panel as panels
@@ -1306,6 +1306,29 @@ def test_what_is_typed_is_checked_as_it_is_typed(
     assert set(browser.wait("errors")) == {"temperature", "max_batch"}
     browser.type(temperature="1", max_batch="4")
     browser.wait("errors", lambda told: told == {})
+
+
+def test_what_is_typed_is_checked_while_a_plan_waits_for_the_hub(
+    browse: Callable[..., Browser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = browse()
+    browser.settle()
+    answered, asked = threading.Event(), threading.Event()
+
+    def plan(*_: Any, **__: Any) -> None:
+        asked.set()
+        answered.wait(60)
+        raise ik.ModelNotFoundError("there is none")
+
+    monkeypatch.setattr(memory, "plan", plan)
+    browser.type(ref="some/model")
+    assert asked.wait(60)
+    browser.type(temperature="hot", max_batch="0")
+    assert {*browser.parts["errors"]} == {"temperature", "max_batch"}
+    browser.type(temperature="1", max_batch="2")
+    assert browser.parts["errors"] == {}
+    answered.set()
+    browser.wait("plan", lambda told: told and told["text"] == "there is none")
 
 
 def test_stop_one_and_stop_all(browse: Callable[..., Browser], model: ik.Model) -> None:

@@ -149,6 +149,17 @@ def sampling_options(form: Form) -> dict[str, Any]:
     return options
 
 
+def errors(form: Form) -> dict[str, str]:
+    """What is wrong with each field as it is typed; asks nobody, and so is known at once."""
+    found: dict[str, str] = {}
+    for read in (sampling_options, plan_options):
+        try:
+            read(form)
+        except FormError as error:
+            found |= error.fields
+    return found
+
+
 def prompts(form: Form, how: str) -> list[str]:
     """The prompts to send: "one", "copies" of it, or "lines", one for each.
 
