@@ -646,6 +646,19 @@ def test_a_figure_of_nothing(feed: Feed) -> None:
     figure.to_json()
 
 
+@pytest.mark.parametrize("gap", [20.0, 2500.0])
+def test_rolling_quantiles_are_a_line_that_breaks_where_nothing_ran(feed: Feed, gap: float) -> None:
+    times = np.arange(1, 6) * gap / 1e3
+    times = np.r_[times, times + 100]  # s
+    feed.tables["levels"].extend(np.c_[times, np.full(10, gap), np.full(10, 2 * gap)])
+    feed.tables["firsts"].extend(np.array([[0.0, gap, 1.0]]))
+    drawn = np.array(picture.figure(feed).data[2].y, dtype=float)
+    assert np.flatnonzero(np.isnan(drawn)).tolist() == [5]
+    svg = ET.fromstring(picture.still(feed, "slot")[0])
+    lines = [e.get("points", "").split() for e in svg.iter() if e.tag.endswith("polyline")]
+    assert [len(points) for points in lines if points] == [5, 5, 5, 5]
+
+
 def test_nothing_runs_where_no_step_is() -> None:
     steps = np.zeros((3, 7))
     steps[:, 0] = [1.0, 1.01, 3.0]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _PAUSE = 0.05  # s without a step, from which on nothing was running
 _SPAN = 300.0  # s before the last token that a picture shows, and a figure at first
-_BREAK = 1.0  # s without a token
+_BREAK = 1.0  # s without a token, over which no line is drawn...
+_GAPS = 4  # ...unless that is less than so many of the median gaps
 _PRECISION = 4  # digits after the point of the times that a figure keeps
 
 _DOTS = 2_000  # in the picture
@@ -219,7 +220,8 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
 
 def _broken(levels: np.ndarray) -> np.ndarray:
     """With a row of nothing where no token came for a while, over which no line is drawn."""
-    pauses = np.flatnonzero(np.diff(levels[:, 0]) > _BREAK) + 1
+    usual = np.maximum(_BREAK, _GAPS * levels[1:, 1] / 1e3)
+    pauses = np.flatnonzero(np.diff(levels[:, 0]) > usual) + 1
     nothing = levels[pauses].copy()
     nothing[:, 1:] = np.nan
     return np.insert(levels, pauses, nothing, axis=0)

@@ -1,6 +1,7 @@
 // From the store's tables to what a plot is given: lines that grow, and places in them.
 
-const BREAK = 1; // s without a token, over which no line is drawn
+const BREAK = 1; // s without a token, over which no line is drawn...
+const GAPS = 4; // ...unless that is less than so many of the median gaps
 const PAUSE = 0.05; // s without a step, from which on nothing was running
 const RUNNING = 4, WAITING = 5, KV = 6; // columns of the steps
 
@@ -31,7 +32,7 @@ function broken(levels, made) {
   }
   const [x, p50, p99] = made.data;
   for (let i = made.from; i < levels[0].length; i++) {
-    if (i && levels[0][i] - levels[0][i - 1] > BREAK) {
+    if (i && levels[0][i] - levels[0][i - 1] > Math.max(BREAK, (GAPS * levels[1][i]) / 1e3)) {
       x.push(levels[0][i] - 1e-6);
       p50.push(null);
       p99.push(null);

@@ -1,0 +1,78 @@
+"""What the live plot and the cards draw of a kernel's messages, in a browser without a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from lab import NOTE_WHAT_IS_PAINTED
+from playwright.sync_api import Browser, Page
+
+from inferkit.notebook import assets
+
+pytestmark = pytest.mark.browser
+
+# A store, the plot and the cards, and a way to tell them something.
+VIEW = """
+let told;
+const hear = (name, listener) => name === "msg:custom" && (told = listener);
+const store = createStore({ on: hear, send() {} });
+const button = (text, title, click) => h("button", { onclick: click }, text);
+const cards = createCards(store, () => {}, button);
+const plot = createPlot(store, document.body, cards.draw);
+document.body.append(plot.element, cards.element, cards.others);
+const made = {}; // as the plot keeps it from one redraw to the next
+const tell = (message, buffers) => told(message, buffers.map((each) => new Float64Array(each)));
+"""
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    opened = browser.new_page(viewport={"width": 800, "height": 600})
+    opened.add_init_script(NOTE_WHAT_IS_PAINTED)
+    opened.goto("data:text/html,<body></body>")
+    opened.add_script_tag(content=assets.script(*assets.PLOT, "cards.js") + VIEW)
+    yield opened
+    opened.close()
+
+
+def tell(page: Page, *, now: dict[str, Any], requests: Sequence[Any] = (), **tables: Any) -> None:
+    """What the kernel sends, at a present of which only what matters is given."""
+    usual = {"rate": 0, "p50": None, "p99": None, "running": 0, "waiting": 0, "capacity": 0}
+    message = {
+        "type": "update",
+        "whole": False,
+        "now": usual | now,
+        "tables": [{"name": name, "reset": False} for name in tables],
+        "marks": [],
+        "requests": list(requests),
+    }
+    buffers = [[number for row in rows for number in row] for rows in tables.values()]
+    page.evaluate("([message, buffers]) => tell(message, buffers)", [message, buffers])
+
+
+def step(began: float, seconds: float, running: int, waiting: int = 0, kv: int = 0) -> list[float]:
+    return [began, 1e3 * seconds, 0, running, running, waiting, kv]
+
+
+def occupancy(page: Page) -> list[list[float]]:
+    """The rows of the line of occupancy from the first step on: time, running, waiting."""
+    columns = page.evaluate(
+        "() => stepwise(store.tables.steps, [RUNNING, WAITING], made, present(store))"
+    )
+    return [list(row) for row in zip(*columns, strict=True)][1:]
+
+
+def levels(page: Page, rows: Sequence[Sequence[float]]) -> list[float | None]:
+    """The p50 that is drawn for rows of time, p50 and p99; None where the line breaks."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    drawn: list[float | None] = page.evaluate("columns => broken(columns, {})[1]", columns)
+    return drawn
+
+
+def test_quantiles_of_a_slow_model_are_a_line(page: Page) -> None:
+    slow = [[2.5 * i, 2500.0, 2600.0] for i in range(1, 6)]
+    assert levels(page, slow) == [2500.0] * 5
+    quick = [[1.0, 20.0, 30.0], [1.1, 20.0, 30.0], [3.0, 20.0, 30.0]]
+    assert levels(page, quick) == [20.0, 20.0, None, 20.0]
