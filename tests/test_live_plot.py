@@ -76,3 +76,30 @@ def test_quantiles_of_a_slow_model_are_a_line(page: Page) -> None:
     assert levels(page, slow) == [2500.0] * 5
     quick = [[1.0, 20.0, 30.0], [1.1, 20.0, 30.0], [3.0, 20.0, 30.0]]
     assert levels(page, quick) == [20.0, 20.0, None, 20.0]
+
+
+def test_occupancy_goes_on_to_the_present_during_a_long_step(page: Page) -> None:
+    tell(page, now={"time": 1.1, "running": 1}, steps=[step(1.0, 0.1, running=1)])
+    tell(page, now={"time": 4.0, "running": 16, "waiting": 3})
+    assert occupancy(page) == [[1.0, 1, 0], [1.1, 16, 3], [4.0, 16, 3]]
+    tell(page, now={"time": 9.0, "running": 16, "waiting": 3})
+    assert occupancy(page)[-1] == [9.0, 16, 3]
+    tell(page, now={"time": 9.2}, steps=[step(1.1, 8.0, running=16, waiting=3)])
+    assert occupancy(page) == [[1.0, 1, 0], [1.1, 16, 3], [pytest.approx(9.1), 0, 0]]
+
+
+def test_nothing_ran_before_what_began_of_late(page: Page) -> None:
+    tell(page, now={"time": 1.2}, steps=[step(1.0, 0.1, running=1)])
+    tell(page, now={"time": 5.0, "running": 2})
+    tell(page, now={"time": 7.0, "running": 2})
+    assert occupancy(page) == [[1.0, 1, 0], [1.1, 0, 0], [5.0, 2, 0], [7.0, 2, 0]]
+
+
+def test_the_plot_ends_at_the_present_while_requests_run(page: Page) -> None:
+    begun = [[5.0, 100.0, 1]]
+    tell(page, now={"time": 5.0, "running": 1}, steps=[step(0.5, 4.5, running=1)], firsts=begun)
+    painted = "labels => labels.every(label => [...document.querySelectorAll('canvas')].some("
+    painted += "canvas => canvas.painted?.texts.includes(label)))"
+    page.wait_for_function(painted, arg=["4 s"])
+    tell(page, now={"time": 25.0, "running": 1})
+    page.wait_for_function(painted, arg=["20 s", "25 s"])
