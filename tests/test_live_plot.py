@@ -103,3 +103,24 @@ def test_the_plot_ends_at_the_present_while_requests_run(page: Page) -> None:
     page.wait_for_function(painted, arg=["4 s"])
     tell(page, now={"time": 25.0, "running": 1})
     page.wait_for_function(painted, arg=["20 s", "25 s"])
+
+
+def test_requests_that_are_not_shown_are_counted_though_the_store_has_forgotten_them(
+    page: Page,
+) -> None:
+    ended = [
+        {
+            "number": n,
+            "status": "length",
+            "prompt": "Once",
+            "text": "x",
+            "tokens": 1,
+            "origin": "panel",
+        }
+        for n in range(1, 301)
+    ]
+    tell(page, now={"time": 1.0}, requests=ended, firsts=[[1.0, 10.0, 1]])
+    page.wait_for_function("document.querySelectorAll('.ik-card').length === 100")
+    assert page.get_by_text("200 more requests are not shown.").is_visible()
+    assert "1 token" in page.locator(".ik-card").first.inner_text()
+    assert "1 tokens" not in page.locator(".ik-card").first.inner_text()
