@@ -358,6 +358,31 @@ def test_an_unknown_model_is_said_before_and_after_load_is_pressed(empty: PanelV
     expect(empty.wrong("Model")).to_contain_text("Name a model")
 
 
+def test_a_load_that_fails_as_planned_says_so_once(empty: PanelView) -> None:
+    empty.fill({"Model": "/no/such/model"})
+    plan = empty.root.locator(".ik-plan")
+    expect(plan).to_contain_text("/no/such/model")
+    said = plan.inner_text()
+    empty.button("Load").click()
+    expect(empty.failure).to_contain_text(said)
+    expect(plan).to_be_hidden()
+    empty.button("Dismiss").click()
+    expect(plan).to_have_text(said)
+
+
+def test_control_enter_at_the_model_sends_and_loads_nothing(empty: PanelView) -> None:
+    empty.input("Model").press("Control+Enter")
+    expect(empty.wrong("Prompt")).to_have_text("Load a model first.")
+    expect(empty.root.locator(".ik-work")).to_be_hidden()
+    expect(empty.about).to_contain_text("No model is loaded")
+
+
+def test_what_an_empty_field_means_stands_in_it(empty: PanelView) -> None:
+    empty.fill({"Context": "", "Max batch": ""})
+    for label, usual in (("Context", "4096"), ("Max batch", "16"), ("Max tokens", "64")):
+        expect(empty.input(label)).to_have_attribute("placeholder", usual)
+
+
 def test_cancel_ends_a_load_and_leaves_no_model(empty: PanelView) -> None:
     empty.tab.page.evaluate(PRESS_CANCEL)
     empty.button("Load").click()

@@ -83,8 +83,8 @@ function createPanel(store, root) {
   }
 
   // Max batch and context of a loaded model change when the field is left, not at every key.
-  function setting(name, label, hint) {
-    const box = input(name, { inputmode: "numeric", size: 6 });
+  function setting(name, label, usual, hint) {
+    const box = input(name, { inputmode: "numeric", size: 6, placeholder: usual });
     box.addEventListener("change", () => {
       delete touched[name];
       act("apply", { field: name });
@@ -116,7 +116,10 @@ function createPanel(store, root) {
   const list = h("datalist", { id: unique("refs") });
   const ref = input("ref", { list: list.id, class: "ik-ref", placeholder: "demo, a hub id, a folder or a .gguf file" });
   ref.addEventListener("change", () => act("edit"));
-  ref.addEventListener("keydown", (event) => event.key === "Enter" && isOn(load) && act("load"));
+  ref.addEventListener("keydown", (event) => {
+    const plain = event.key === "Enter" && !event.ctrlKey && !event.metaKey; // with them it sends
+    if (plain && isOn(load)) act("load");
+  });
   const device = h("select", {}, h("option", { value: "auto" }, "auto"));
   device.addEventListener("change", () => edit("device", device.value, 0));
   inputs.device = device;
@@ -144,8 +147,8 @@ function createPanel(store, root) {
       toggle("batching", "Batching", ["continuous", "static", "off"], "When a waiting request may start"),
       toggle("speculative", "Speculation", ["off", "ngram"],
         "Guess next tokens by what followed the same ones before, and check several in one pass"),
-      setting("max_batch", "Max batch", "Most requests that run at once"),
-      setting("context", "Context", "Most tokens of prompt and output together")),
+      setting("max_batch", "Max batch", "16", "Most requests that run at once"),
+      setting("context", "Context", "4096", "Most tokens of prompt and output together")),
     plan, work, failure, h("div", { class: "ik-about" }, facts, which, fallback), devices);
 
   function drawChoices({ choices }) {
@@ -185,10 +188,11 @@ function createPanel(store, root) {
     load.classList.toggle("ik-main", Boolean(told) || !model);
   }
 
-  function drawPlan({ plan: told }) {
+  // A load that fails for what the plan has said says it again, in its own place.
+  function drawPlan({ plan: told, failure: failed }) {
     plan.classList.toggle("ik-no", told?.fits === false);
     plan.textContent = told?.text ?? "";
-    plan.hidden = !told;
+    plan.hidden = !told || told.text === failed?.text;
   }
 
   function drawWork({ work: told }) {
@@ -337,7 +341,7 @@ function createPanel(store, root) {
   const draws = {
     form: [drawForm], choices: [drawChoices, drawForm], devices: [drawDevices], errors: [drawErrors],
     model: [drawModel, drawButtons], plan: [drawPlan, drawButtons], work: [drawWork, drawButtons],
-    failure: [drawFailure], summary: [drawSummary],
+    failure: [drawFailure, drawPlan], summary: [drawSummary],
   };
 
   function drawParts(names) {
