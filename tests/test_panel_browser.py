@@ -628,7 +628,7 @@ def test_keys_that_are_typed_into_a_prompt_are_no_shortcuts(panel: PanelView) ->
         ("Max batch", "0", "0 is too small; write 1 or more, as 16."),
         ("Context", "many", "'many' is no whole number; write one, as 4096."),
         ("Seed", "mine", "'mine' is no whole number; write one, or “random”."),
-        ("Stop strings", '"open', "A quote is not closed."),
+        ("Stop strings", '"open', "A quote is not closed, or is within a word."),
     ],
 )
 def test_what_is_wrong_is_said_at_the_field(

@@ -241,5 +241,5 @@ def _shown(text: str) -> str:
 def _strings(text: str) -> list[str]:
     try:
         return [words.unescaped(word) for word in words.split(text)]
-    except ValueError:
-        raise ValueError("A quote is not closed.") from None
+    except ValueError as error:
+        raise ValueError(f"{error}.") from None

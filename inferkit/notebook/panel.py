@@ -26,6 +26,7 @@ from inferkit.errors import (
     OptionError,
     PromptError,
 )
+from inferkit.html import counted
 from inferkit.notebook import assets, form, recipe
 from inferkit.notebook.completion import loaded_models, loaded_names
 from inferkit.notebook.facts import model_facts, modes, run_summary
@@ -338,8 +339,7 @@ class Panel(LivePlot):
     def _change(self, model: Model, name: str, value: Any) -> None:
         what = f"{_spelled(name)} {value}"
         if name not in _AT_ONCE and (running := model.running):
-            plural = "s" if running > 1 else ""
-            what += f": waits for {running} running request{plural} (Stop ends them)"
+            what += f": waits for {counted(running, 'running request')} (Stop ends them)"
         with self._working(what, cancel=name == "quantize"):
             if name == "quantize":
                 model.quantize(value, progress=self._told)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inferkit.html import one_line, table, text_table
+from inferkit.html import counted, one_line, table, text_table
 from inferkit.look import BLUE, LINES, ORANGE, VERMILION, finish
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def figure(feed: Feed, origin: str = "") -> go.Figure:
         made.update_xaxes(range=[times[-1] - _SPAN, times[-1]])
     thinned = feed.tables["tokens"].thinned
     note = "older points thinned to the extremes" if thinned else ""
-    count = len(update.requests)
-    subtitle = f"{count} request{'s' if count != 1 else ''} · gap before each token"
+    subtitle = f"{counted(len(update.requests), 'request')} · gap before each token"
     said = " · ".join(part for part in (note, escape(origin, quote=False)) if part)
     return finish(made, "Latency of each token", subtitle, said, height=520)
 
