@@ -49,7 +49,7 @@ _NUMBERS: dict[str, type] = {
 _NOT_PLANNED = ("batching", "speculative")  # no memory depends on them
 _MOST_PROMPTS = 1000
 _LONGEST = 18  # characters of a whole number
-_LONGEST_SEED = 1000  # of one that may be of any size: somebody may have pasted a page
+_LONGEST_SEED = 300  # of one that may be large, but not so large that no float is near
 
 
 class FormError(OptionError):
