@@ -288,6 +288,6 @@ def _tell_licence() -> None:
 
 
 def _say(text: str) -> None:
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     tqdm.write(f"inferkit: {text}", file=sys.stderr)

@@ -11,6 +11,11 @@ _CELL = "padding:2px 10px;text-align:{align};border-bottom:1px solid rgba(128,12
 _WRAPS_FROM = 40  # characters; a shorter cell stays on one line
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things that more than one of is called by an "s"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def table(
     header: Sequence[str],
     rows: Iterable[Sequence[object]],

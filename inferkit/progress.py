@@ -10,11 +10,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from tqdm.std import tqdm
 
+from inferkit.bars import CellBar, drawn, in_notebook
 from inferkit.exclusive import alone
 
 __all__ = [
@@ -51,11 +52,9 @@ def bar(
         steps: What to iterate over.
         look: What else tqdm takes, for the bars that are drawn.
     """
-    from tqdm.auto import tqdm as drawn
-
     if callable(progress):
         return _Told(steps, desc=what, total=total, teller=_Teller(progress))
-    return drawn(steps, desc=what, total=total, disable=not progress, **look)
+    return drawn()(steps, desc=what, total=total, disable=not progress, **look)
 
 
 def tell_of_waiting(progress: Progress, requests: int) -> None:
@@ -71,16 +70,17 @@ def stopped(error: BaseException) -> bool:
 
 @contextmanager
 def downloads(progress: Progress) -> Iterator[type[tqdm[Any]] | None]:
-    """The ``tqdm_class`` of one ``snapshot_download``; None where its own bars are drawn.
+    """The ``tqdm_class`` of one ``snapshot_download``; None for the hub's own.
 
     Of its bars a callable is told the bytes that were written. How many there are is known when
     all files have begun, and grows until then.
     """
-    if progress is True:
-        yield None
-        return
+    from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
     from huggingface_hub.utils import tqdm as hub_bar  # type: ignore[attr-defined]
 
+    if progress is True:
+        yield CellBar if in_notebook() and not are_progress_bars_disabled() else None
+        return
     teller = _Teller(progress, _abort_xet) if callable(progress) else None
     written: list[_Told] = []
 
@@ -131,20 +131,24 @@ def library_bars(progress: Progress) -> Iterator[None]:
     """
     from transformers.utils import logging
 
+    def told(_: Any, args: Any, options: dict[str, Any]) -> tqdm[Any]:
+        teller = _Teller(progress) if callable(progress) else None
+        return _Told(*args, **options, teller=teller)
+
     with alone():
-        if progress is True:
-            yield
-            return
-        former = logging.set_tqdm_hook(
-            lambda _, args, options: _Told(
-                *args, **options, teller=_Teller(progress) if callable(progress) else None
-            )
-        )
+        former = logging.set_tqdm_hook(None)
+        logging.set_tqdm_hook((former or _draw) if progress is True else told)
         try:
-            with _nothing_drawn():
+            with nullcontext() if progress is True else _nothing_drawn():
                 yield
         finally:
             logging.set_tqdm_hook(former)
+
+
+def _draw(factory: Callable[..., Any], args: Any, options: dict[str, Any]) -> Any:
+    """A bar in the place of transformers' own, unless that is one that nobody sees."""
+    seen = isinstance(factory, type) and issubclass(factory, tqdm)
+    return (drawn() if seen else factory)(*args, **options)
 
 
 @contextmanager

@@ -56,15 +56,20 @@ def execute(path: Path, timeout: int) -> tuple[nbformat.NotebookNode, str | None
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = str(error)
-    drop_widgets(notebook)
+    drop_what_shows_nothing(notebook)
     return notebook, failure
 
 
-def drop_widgets(notebook: nbformat.NotebookNode) -> None:
-    """Remove progress bars: a widget whose kernel has gone is an error message in JupyterLab."""
+def drop_what_shows_nothing(notebook: nbformat.NotebookNode) -> None:
+    """Remove widgets, which without their kernel are an error message, and emptied displays."""
+
+    def shows(output: nbformat.NotebookNode) -> bool:
+        data = output.get("data")
+        return data is None or (WIDGET not in data and any(data.values()))
+
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            cell.outputs = [output for output in cell.outputs if shows(output)]
 
 
 def figures(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fastjsonschema
+import measured
 import pytest
 
 import inferkit as ik
@@ -877,3 +878,7 @@ def test_the_example_of_the_demo_model_is_reproduced(demo_model_path: Path) -> N
     told = json.loads(done.stdout)
     assert told["verdict"].startswith("Reproduced")
     assert len(told["outcomes"]) == 15
+
+
+def test_one_request_is_no_requests() -> None:
+    assert "'tiny run': 1 request, " in repr(measured.experiment(measured.request(0, 20)))

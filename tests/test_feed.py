@@ -1048,6 +1048,9 @@ def test_steps_since_a_moment(model: ik.Model) -> None:
     steps = engine.steps_since(before)
     assert steps == list(engine.steps)[-6:]
     assert all(a.ended <= b.began for a, b in pairwise(steps))
+    cached = [step.kv_bytes for step in steps]  # also in the step that the request ends with
+    assert cached == sorted(cached)
+    assert cached[0] > 0
     assert engine.steps_since(steps[2].ended) == steps[3:]
     assert engine.steps_since(steps[2].ended - 1) == steps[2:]
     assert engine.steps_since(steps[-1].ended) == []
@@ -1153,7 +1156,8 @@ def test_kv_bytes_of_a_batch_are_the_sum_over_its_rows(own: ik.Model) -> None:
     wait_until(
         lambda: engine.steps[-1].began < gen.latency.trace.tokens[-1] <= engine.steps[-1].ended
     )
-    assert engine.steps[-1].kv_bytes == 0  # its row is free at the end of the last step
+    before, last = list(engine.steps)[-2:]  # its row is let go at the end of the last
+    assert last.kv_bytes == before.kv_bytes + per_token
 
 
 def test_bytes_of_rows_by_the_shapes_of_the_cache() -> None:

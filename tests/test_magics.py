@@ -21,6 +21,7 @@ from traitlets.config import Config
 
 import inferkit as ik
 from inferkit.generation import Generations
+from inferkit.notebook import completion
 from inferkit.notebook.commands import COMMANDS, split
 from inferkit.notebook.completion import loaded_models
 from inferkit.notebook.display import output_rate
@@ -304,6 +305,9 @@ def test_a_request_that_fails_keeps_its_text(
         ("%infer lod demo", "did you mean %infer load?"),
         ("%infer Hello there", 'A prompt is quoted: %infer "Hello there"'),
         ('%infer "open', "A quote is not closed"),
+        ('%infer "say "hi" now"', "A quote is not closed, or is within a word"),
+        ("%infer 'it''s'", "A quote is not closed, or is within a word"),
+        ('%infer load a"b"c', "a cell under %%infer"),
         ("%infer load", "the following arguments are required"),
         ("%infer load /no/such/folder", "/no/such/folder"),
         ("%infer help lod", "did you mean %infer load?"),
@@ -539,6 +543,31 @@ def test_a_prompt_takes_variables_of_the_notebook(terminal: Notebook, model: ik.
 )
 def test_completion(terminal: Notebook, model: ik.Model, text: str, expected: list[str]) -> None:
     assert sorted(terminal.completions(text)) == sorted(expected)
+
+
+def test_of_no_model_no_name_and_no_word_of_pythons_is_offered(
+    terminal: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completion, "loaded_names", list)
+    for text in ("%infer unload ", "%infer quantize nf4 --model "):
+        assert terminal.completions(text) == ["--help"]
+
+
+def test_words_are_as_they_are_quoted() -> None:
+    line = r"""load 'my models/a' --stop="\n" --to='x y' "it's" C:\new --name="" """
+    assert split(line) == [
+        "load", "my models/a", r"--stop=\n", "--to=x y", "it's", r"C:\new", "--name=",
+    ]  # fmt: skip
+
+
+def test_one_token_is_no_tokens(terminal: Notebook, model: ik.Model) -> None:
+    assert "\n1 token, " in terminal.run('%infer "Once" --max-tokens 1')
+
+
+def test_help_on_what_is_no_subcommand_speaks_of_no_prompt(terminal: Notebook) -> None:
+    said = terminal.fails("%infer help nothing")
+    assert "'nothing' is no subcommand; there are load, unload" in said
+    assert "prompt" not in said
 
 
 def test_a_prompt_is_not_completed_as_an_option(terminal: Notebook) -> None:

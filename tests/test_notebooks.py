@@ -333,10 +333,11 @@ def test_a_cell_without_an_end_leaves_a_page_of_what_ran(
 
 
 @pytest.mark.browser
-def test_in_place_keeps_figures_as_pictures_and_drops_progress_bars(tmp_path: Path) -> None:
+def test_in_place_keeps_figures_as_pictures_and_drops_what_shows_nothing(tmp_path: Path) -> None:
     source = write(
         tmp_path / "figure.ipynb",
-        "from tqdm.notebook import tqdm\nfor _ in tqdm(range(2)):\n    print('step', flush=True)",
+        "from tqdm.notebook import tqdm\nfrom inferkit.progress import bar\n"
+        "for _ in bar(True, 'Steps', steps=tqdm(range(2))):\n    print('step', flush=True)",
         "import plotly.graph_objects as go\ngo.Figure(go.Bar(y=[1, 2]), {'height': 300}).show()",
         "print('done')",
     )

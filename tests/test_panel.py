@@ -29,7 +29,7 @@ from held import held, wait_until
 from IPython.core.inputtransformer2 import TransformerManager
 
 import inferkit as ik
-from inferkit import registry
+from inferkit import memory, registry
 from inferkit.html import format_number
 from inferkit.notebook import assets, live, picture, recipe
 from inferkit.notebook import panel as panels
@@ -332,6 +332,7 @@ def test_options_are_those_of_the_functions_they_are_for(read: Callable[..., Any
         ("repetition_penalty", "1.1", 1.1),
         ("seed", "7", 7),
         ("seed", "-1", -1),
+        ("seed", "9" * 300, int("9" * 300)),
         ("seed", " Random ", None),
         ("seed", "none", None),
         ("stop", "END", ("END",)),
@@ -388,7 +389,7 @@ def test_an_empty_field_is_the_default(blank: str | None) -> None:
         ("repetition_penalty", "x" * 5000, "no number"),
         ("seed", "dice", "“random”"),
         ("seed", "1.5", "“random”"),
-        ("seed", "9" * 5000, "“random”"),
+        ("seed", "9" * 5000, "has more than 300 characters"),
         ("stop", "don't", "quote"),
         ("stop", '"', "quote"),
         ("stop", '""', "non-empty"),
@@ -643,6 +644,19 @@ def test_a_figure_of_nothing(feed: Feed) -> None:
     figure = picture.figure(feed)
     assert all(not len(trace.x) for trace in figure.data)
     figure.to_json()
+
+
+@pytest.mark.parametrize("gap", [20.0, 2500.0])
+def test_rolling_quantiles_are_a_line_that_breaks_where_nothing_ran(feed: Feed, gap: float) -> None:
+    times = np.arange(1, 6) * gap / 1e3
+    times = np.r_[times, times + 100]  # s
+    feed.tables["levels"].extend(np.c_[times, np.full(10, gap), np.full(10, 2 * gap)])
+    feed.tables["firsts"].extend(np.array([[0.0, gap, 1.0]]))
+    drawn = np.array(picture.figure(feed).data[2].y, dtype=float)
+    assert np.flatnonzero(np.isnan(drawn)).tolist() == [5]
+    svg = ET.fromstring(picture.still(feed, "slot")[0])
+    lines = [e.get("points", "").split() for e in svg.iter() if e.tag.endswith("polyline")]
+    assert [len(points) for points in lines if points] == [5, 5, 5, 5]
 
 
 def test_nothing_runs_where_no_step_is() -> None:
@@ -1307,6 +1321,29 @@ def test_what_is_typed_is_checked_as_it_is_typed(
     browser.wait("errors", lambda told: told == {})
 
 
+def test_what_is_typed_is_checked_while_a_plan_waits_for_the_hub(
+    browse: Callable[..., Browser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = browse()
+    browser.settle()
+    answered, asked = threading.Event(), threading.Event()
+
+    def plan(*_: Any, **__: Any) -> None:
+        asked.set()
+        answered.wait(60)
+        raise ik.ModelNotFoundError("there is none")
+
+    monkeypatch.setattr(memory, "plan", plan)
+    browser.type(ref="some/model")
+    assert asked.wait(60)
+    browser.type(temperature="hot", max_batch="0")
+    assert {*browser.parts["errors"]} == {"temperature", "max_batch"}
+    browser.type(temperature="1", max_batch="2")
+    assert browser.parts["errors"] == {}
+    answered.set()
+    browser.wait("plan", lambda told: told and told["text"] == "there is none")
+
+
 def test_stop_one_and_stop_all(browse: Callable[..., Browser], model: ik.Model) -> None:
     browser = browse(model)
     with held(model) as hold:
@@ -1669,9 +1706,7 @@ def test_the_toggles_follow_what_cells_change(
     browser = browse(own)
     own.configure(batching="static", max_batch=2)
     browser.wait("model", lambda told: told["max_batch"] == 2)
-    browser.settle()
-    form = browser.parts["form"]
-    assert (form["batching"], form["max_batch"]) == ("static", "2")
+    browser.wait("form", lambda form: (form["batching"], form["max_batch"]) == ("static", "2"))
 
 
 def test_a_loaded_model_has_no_plan(browse: Callable[..., Browser], folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import nbformat
 import pytest
 from lab import DARK, LIGHT, NOTE_WHAT_IS_PAINTED, Lab, Tab, open_notebook
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
 
@@ -358,6 +358,31 @@ def test_an_unknown_model_is_said_before_and_after_load_is_pressed(empty: PanelV
     expect(empty.wrong("Model")).to_contain_text("Name a model")
 
 
+def test_a_load_that_fails_as_planned_says_so_once(empty: PanelView) -> None:
+    empty.fill({"Model": "/no/such/model"})
+    plan = empty.root.locator(".ik-plan")
+    expect(plan).to_contain_text("/no/such/model")
+    said = plan.inner_text()
+    empty.button("Load").click()
+    expect(empty.failure).to_contain_text(said)
+    expect(plan).to_be_hidden()
+    empty.button("Dismiss").click()
+    expect(plan).to_have_text(said)
+
+
+def test_control_enter_at_the_model_sends_and_loads_nothing(empty: PanelView) -> None:
+    empty.input("Model").press("Control+Enter")
+    expect(empty.wrong("Prompt")).to_have_text("Load a model first.")
+    expect(empty.root.locator(".ik-work")).to_be_hidden()
+    expect(empty.about).to_contain_text("No model is loaded")
+
+
+def test_what_an_empty_field_means_stands_in_it(empty: PanelView) -> None:
+    empty.fill({"Context": "", "Max batch": ""})
+    for label, usual in (("Context", "4096"), ("Max batch", "16"), ("Max tokens", "64")):
+        expect(empty.input(label)).to_have_attribute("placeholder", usual)
+
+
 def test_cancel_ends_a_load_and_leaves_no_model(empty: PanelView) -> None:
     empty.tab.page.evaluate(PRESS_CANCEL)
     empty.button("Load").click()
@@ -603,7 +628,7 @@ def test_keys_that_are_typed_into_a_prompt_are_no_shortcuts(panel: PanelView) ->
         ("Max batch", "0", "0 is too small; write 1 or more, as 16."),
         ("Context", "many", "'many' is no whole number; write one, as 4096."),
         ("Seed", "mine", "'mine' is no whole number; write one, or “random”."),
-        ("Stop strings", '"open', "A quote is not closed."),
+        ("Stop strings", '"open', "A quote is not closed, or is within a word."),
     ],
 )
 def test_what_is_wrong_is_said_at_the_field(
@@ -804,6 +829,63 @@ def test_a_panel_whose_kernel_was_restarted_says_so(notebook: Callable[..., Tab]
     expect(link).to_contain_text("The kernel was restarted or shut down")
     expect(link).to_contain_text("Run its cell again for a new one")
     assert card.text == text
-    assert panel.root.locator(".ik-body").evaluate("body => body.inert")
+    for name in ("Load", "Unload", "Send", "Send copies", "Stop", "Keep figure"):
+        expect(panel.button(name)).to_have_attribute("aria-disabled", "true")
     tab.wait_until_idle()
+    assert tab.errors == []
+
+
+def drag_over(page: Page, element: Locator) -> str:
+    """What a person selects who drags the mouse over an element."""
+    element.scroll_into_view_if_needed()
+    box = element.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 1, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] - 1, steps=5)
+    page.mouse.up()
+    selected: str = page.evaluate("() => getSelection().toString()")
+    return selected
+
+
+def test_what_a_panel_without_a_kernel_shows_can_be_read_and_copied(
+    notebook: Callable[..., Tab],
+) -> None:
+    tab = notebook("left.ipynb", f"{LOAD}\nik.Panel()")
+    page = tab.page
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.run(0)
+    panel = view(tab)
+    panel.fill({"Prompt": ONCE, "Max tokens": "12"})
+    [card] = panel.sent(panel.press_send)
+    card.wait_for_end()
+    text = card.text
+    expect(panel.root.locator(".ik-summary")).to_be_visible()
+    page.evaluate("jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    expect(panel.root.locator(".ik-link")).to_contain_text("The kernel was restarted or shut down")
+
+    answer = card.root.locator(".ik-text")
+    assert drag_over(page, answer).strip() == text.strip()
+    assert drag_over(page, panel.root.locator(".ik-summary")) != ""
+    prompt = panel.input("Prompt")
+    expect(prompt).not_to_be_editable()
+    prompt.press("Control+a")
+    prompt.press("Control+c")
+    page.wait_for_function("async text => await navigator.clipboard.readText() === text", arg=ONCE)
+    panel.button("Copy as code").click()
+    expect(panel.root.locator(".ik-code [role=status]")).to_contain_text("Copied")
+    assert ONCE in page.evaluate("navigator.clipboard.readText()")
+    panel.root.locator(".ik-timeline summary").click()
+    expect(panel.root.locator(".ik-timeline canvas").first).to_be_visible()
+    panel.mode("All", "Time shown").click()
+    expect(panel.mode("All", "Time shown")).to_have_attribute("aria-pressed", "true")
+
+    before = panel.newest()
+    for name in ("Send", "Load", "Stop"):
+        expect(panel.button(name)).to_have_attribute("aria-disabled", "true")
+    panel.button("Send").click(force=True)
+    prompt.press("Control+Enter")
+    panel.mode("nf4").click(force=True)
+    expect(panel.mode("none")).to_have_attribute("aria-pressed", "true")
+    assert panel.newest() == before
     assert tab.errors == []

@@ -15,6 +15,8 @@ from typing import Any
 import gguf_files
 import pytest
 import transformers
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from test_catalog import fake_hub, run_python  # noqa: F401
 from transformers.utils import logging
 
@@ -329,6 +331,85 @@ def test_two_models_toggled_at_once_each_tell_their_own_and_leave_no_hook(
     finally:
         for model in models:
             model.unload()
+
+
+# -- under a notebook's cell -----------------------------------------------------------------------
+
+CELLS = (
+    "import threading\nimport inferkit as ik\nfrom inferkit.progress import bar\n"
+    "from IPython.utils.capture import capture_output",
+    "model = ik.load({folder!r}, name='one', device='cpu', dtype='float32', context=128)",
+    "with capture_output() as captured:\n    model.quantize('nf4')\n"
+    "print([shown.data['text/plain'] for shown in captured.outputs])",
+    "thread = threading.Thread(target=lambda: ik.load({folder!r}, name='two', device='cpu'))\n"
+    "thread.start()\nthread.join()",
+    "for _ in bar(True, 'Outer', steps=range(2)):\n"
+    "    for _ in bar(True, 'Inner', steps=range(3), leave=True):\n        pass",
+    "try:\n    with bar(True, 'Interrupted', 3) as shown:\n"
+    "        shown.update()\n        raise KeyboardInterrupt\nexcept KeyboardInterrupt:\n    pass",
+    "with capture_output() as captured, bar(True, 'Of <unknown> length') as shown:\n"
+    "    shown.update()\n    shown.refresh()\nprint(captured.outputs[-2].data['text/html'])",
+)
+
+
+@pytest.fixture(scope="module")
+def shown_under_cells(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[list[Any]]:
+    """The outputs of each of these cells in a notebook that was run and saved."""
+    source = str(tiny_model("llama"))
+    cells = [new_code_cell(cell.replace("{folder!r}", repr(source))) for cell in CELLS]
+    notebook = new_notebook(cells=cells)
+    where = tmp_path_factory.mktemp("notebook")
+    NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(where)}}
+    ).execute()
+    return [cell.outputs for cell in notebook.cells]
+
+
+def texts_of(outputs: list[Any]) -> list[str]:
+    """What outputs say, but those that say nothing."""
+    assert all(output.output_type == "display_data" for output in outputs)
+    assert all({*output.data} == {"text/html", "text/plain"} for output in outputs)
+    assert all(bool(o.data["text/html"]) == bool(o.data["text/plain"]) for o in outputs)
+    return [output.data["text/plain"] for output in outputs if output.data["text/plain"]]
+
+
+@pytest.mark.parametrize("cell", [1, 3], ids=["cell", "thread"])
+def test_a_saved_notebook_keeps_no_progress_of_a_load(
+    shown_under_cells: list[list[Any]], cell: int
+) -> None:
+    assert shown_under_cells[cell]
+    assert texts_of(shown_under_cells[cell]) == []
+
+
+def test_bars_are_shown_where_the_outputs_of_a_cell_go(shown_under_cells: list[list[Any]]) -> None:
+    [printed] = shown_under_cells[2]
+    shown = eval(printed.text)
+    assert shown[0].startswith("Loading weights: ")
+    assert "0/" in shown[0]
+    assert shown[-1] == ""
+
+
+def test_a_bar_that_is_to_stay_stays_with_its_last_numbers(
+    shown_under_cells: list[list[Any]],
+) -> None:
+    first, second = texts_of(shown_under_cells[4])
+    assert first.startswith("Inner: 100% 3/3 [")
+    assert second.startswith("Inner: 100% 3/3 [")
+    kept = [o.data["text/html"] for o in shown_under_cells[4] if o.data["text/html"]]
+    assert all('<progress value="3" max="3"' in html for html in kept)
+
+
+def test_a_bar_goes_when_it_is_interrupted(shown_under_cells: list[list[Any]]) -> None:
+    assert texts_of(shown_under_cells[5]) == []
+
+
+def test_a_bar_of_unknown_length_has_no_share(shown_under_cells: list[list[Any]]) -> None:
+    [printed] = shown_under_cells[6]
+    assert "Of &lt;unknown&gt; length" in printed.text
+    assert "<progress aria-label" in printed.text
+    assert "1/?" in printed.text
 
 
 DOWNLOAD = """

@@ -49,8 +49,8 @@ class StepRecord:
         decode_tokens: Tokens that it decoded; of a row whose guesses were right more than one.
         running: Requests that had a slot in it.
         waiting: Requests that had none.
-        kv_bytes: Keys and values that the running requests had in the cache when it ended; 0
-            where transformers' ``generate`` keeps them.
+        kv_bytes: Keys and values that the running requests had in the cache when it ended, also
+            those that ended with it; 0 where transformers' ``generate`` keeps them.
     """
 
     began: int
@@ -134,9 +134,9 @@ class Stepper:
         """Prefill parts of prompts, and give a token to every request that is past its prompt."""
         began = time.perf_counter_ns()
         self._forward_ns = 0
-        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        running, waiting = list(self.scheduler.running), len(self.scheduler.waiting)
         if isinstance(self.runner, SequentialRunner):
-            prefilled, decoded = self._run_alone(self.scheduler.running[0], self.runner)
+            prefilled, decoded = self._run_alone(running[0], self.runner)
         else:
             assert self._slots is not None
             ready = [e for e in self.scheduler.prefill_candidates() if self._slots.seed(e)]
@@ -151,15 +151,15 @@ class Stepper:
             self._forward_ns,
             prefilled,
             decoded,
-            running,
+            len(running),
             waiting,
-            self._kv_bytes(),
+            self._kv_bytes(running),
         )
 
-    def _kv_bytes(self) -> int:
+    def _kv_bytes(self, entries: Sequence[Entry]) -> int:
         if isinstance(self.runner, SequentialRunner):
             return 0
-        return self.runner.cache.bytes_of([e.computed for e in self.scheduler.running])
+        return self.runner.cache.bytes_of([entry.computed for entry in entries])
 
     def drop_cancelled(self) -> None:
         """End the requests that somebody cancelled; their slots are free for this step."""

@@ -16,7 +16,7 @@ from inferkit.experiments import file as files
 from inferkit.experiments.environment import describe
 from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry, RequestEntry
 from inferkit.generation import Generation, Generations, Settings
-from inferkit.html import one_line, table, text_table
+from inferkit.html import counted, one_line, table, text_table
 from inferkit.latency import LatencySummary, summarize
 from inferkit.sampling import SamplingParams
 from inferkit.trace import NS, Latency, Trace
@@ -252,9 +252,9 @@ class Experiment:
 
     def _caption(self) -> str:
         ended, all_of_them = len(self._ended), len(self.file.requests)
-        count = (
-            f"{ended} requests" if ended == all_of_them else f"{ended} of {all_of_them} requests"
-        )
+        count = counted(all_of_them, "request")
+        if ended < all_of_them:
+            count = f"{ended} of {count}"
         return f"Experiment {self.name!r}: {count}, {self.origin}"
 
     def _footer(self) -> str:

@@ -20,7 +20,7 @@ import msgspec
 import inferkit as ik
 from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
 from inferkit.experiments.recording import latest
-from inferkit.html import listed
+from inferkit.html import counted, listed
 from inferkit.lab import status
 from inferkit.lab.schema import Answer
 from inferkit.notebook import recipe
@@ -119,7 +119,7 @@ def _batching(model: str, **options: Any) -> Answer:
     what = f"Changing the batching of {model}"
     running = found._engine.running
     if running:  # a new number of rows waits for them, and cannot be called back
-        what += f", which may wait for {_requests(running)}"
+        what += f", which may wait for {counted(running, 'request')}"
     with _status().working(what):
         found.configure(**options)
     return Answer(
@@ -131,12 +131,8 @@ def _stop(model: str) -> Answer:
     requests = _model(model)._engine.requests
     for request in requests:
         request.cancel()
-    count = _requests(len(requests))
+    count = counted(len(requests), "request")
     return Answer(ok=True, text=f"Stopped {count} of {model!r}; what they have is kept.")
-
-
-def _requests(count: int) -> str:
-    return f"{count} request{'' if count == 1 else 's'}"
 
 
 def _cancel(work: int) -> Answer:

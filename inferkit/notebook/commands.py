@@ -84,14 +84,14 @@ def split(line: str) -> list[str]:
     """A line's words; quotes are taken off, and a backslash is one, as in a Windows path.
 
     Raises:
-        UsageError: A quote is not closed.
+        UsageError: A quote is not closed, or is within a word.
     """
     try:
         return words.split(line)
-    except ValueError:
+    except ValueError as error:
         raise UsageError(
-            f"A quote is not closed in: {line.strip()} (a prompt with quotes of its own goes into "
-            "a cell under %%infer)"
+            f"{error}, in: {line.strip()} (a prompt with quotes of its own goes into a cell under "
+            "%%infer)"
         ) from None
 
 
@@ -202,10 +202,14 @@ COMMANDS: Mapping[str, Command] = {
 
 def no_command(word: str, line: str) -> str:
     """The message for a line that begins with a bare word which is no subcommand."""
-    near = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f"did you mean %infer {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
     prompt = " ".join(line.split())
-    return f'{word!r} is no subcommand; {hint} A prompt is quoted: %infer "{prompt}"'
+    return f'{_unknown(word)} A prompt is quoted: %infer "{prompt}"'
+
+
+def _unknown(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.7)
+    hint = f"did you mean %infer {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
+    return f"{word!r} is no subcommand; {hint}"
 
 
 def help_of(name: str) -> str:
@@ -217,7 +221,7 @@ def help_of(name: str) -> str:
     if not name:
         return _overview()
     if name not in COMMANDS:
-        raise UsageError(no_command(name, name))
+        raise UsageError(_unknown(name))
     return COMMANDS[name].parser(name).format_help()
 
 

@@ -112,7 +112,7 @@ def _values(name: str, references: _References) -> Iterable[str]:
     if name == "command":
         return COMMANDS
     if name == "model":
-        return loaded_names()
+        return loaded_names() or ["--help"]  # of nothing, IPython would make words of Python's
     return _devices() if name == "device" else VALUES.get(name, ())
 
 

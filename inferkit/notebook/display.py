@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inferkit.generation import Generation, Generations
-from inferkit.html import format_number, one_line, table, text_table
+from inferkit.html import counted, format_number, one_line, table, text_table
 from inferkit.sampling import SamplingParams
 from inferkit.trace import NS, acceptance
 
@@ -235,7 +235,7 @@ class Meter:
         elapsed = (time.perf_counter_ns() - start) * NS
         tokens = sum(self._counts)
         many = len(self._requests) > 1
-        parts = [f"{elapsed:.1f} s", f"{tokens} tokens"]
+        parts = [f"{elapsed:.1f} s", counted(tokens, "token")]
         if self._ttfts:
             parts.append(f"TTFT{' p50' if many else ''} {_ms(median(self._ttfts))} ms")
             parts.append(f"{tokens / elapsed:.1f} tokens/s")
@@ -336,7 +336,8 @@ def _latency_text(generations: Generations, interrupted: bool) -> str:
 
 def _total(generations: Generations) -> str:
     tokens = sum(len(gen.token_ids) for gen in generations)
-    total = f"{tokens} tokens, {format_number(output_rate(generations))} output tokens/s."
+    rate = format_number(output_rate(generations))
+    total = f"{counted(tokens, 'token')}, {rate} output tokens/s."
     accepted = acceptance(gen.latency for gen in generations)
     return total if accepted is None else f"{total} Guessed tokens accepted: {accepted}."
 

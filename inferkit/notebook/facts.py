@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from inferkit.html import format_bytes, format_number
+from inferkit.html import counted, format_bytes, format_number
 from inferkit.notebook.display import output_rate
 from inferkit.trace import acceptance
 
@@ -52,7 +52,7 @@ def run_summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]
     if not gens:
         return []
     found = summarize(gens)
-    facts = [("last run", f"{len(gens)} request{'s' if len(gens) != 1 else ''}")]
+    facts = [("last run", counted(len(gens), "request"))]
     if found.failed:
         facts.append(("of these stopped or failed", str(found.failed)))
     many = found.completed > 1

@@ -49,6 +49,7 @@ _NUMBERS: dict[str, type] = {
 _NOT_PLANNED = ("batching", "speculative")  # no memory depends on them
 _MOST_PROMPTS = 1000
 _LONGEST = 18  # characters of a whole number
+_LONGEST_SEED = 300  # of one that may be large, but not so large that no float is near
 
 
 class FormError(OptionError):
@@ -148,6 +149,17 @@ def sampling_options(form: Form) -> dict[str, Any]:
     return options
 
 
+def errors(form: Form) -> dict[str, str]:
+    """What is wrong with each field as it is typed; asks nobody, and so is known at once."""
+    found: dict[str, str] = {}
+    for read in (sampling_options, plan_options):
+        try:
+            read(form)
+        except FormError as error:
+            found |= error.fields
+    return found
+
+
 def prompts(form: Form, how: str) -> list[str]:
     """The prompts to send: "one", "copies" of it, or "lines", one for each.
 
@@ -196,12 +208,19 @@ def _number(kind: type) -> Callable[[str], Any]:
 
 
 def _seed(text: str) -> int:
-    return _integer(text, "; write one, or “random”.")
+    hint = "; write one, or “random”."
+    if len(text) > _LONGEST_SEED:
+        raise ValueError(f"{_shown(text)} has more than {_LONGEST_SEED:,} characters{hint}")
+    return _whole_number(text, hint)
 
 
 def _integer(text: str, hint: str = ".") -> int:
     if len(text) > _LONGEST:  # a larger number would overflow wherever it becomes a float
         raise ValueError(f"{_shown(text)} is too long for a number{hint}")
+    return _whole_number(text, hint)
+
+
+def _whole_number(text: str, hint: str) -> int:
     try:
         return int(text.replace("_", ""))
     except ValueError:
@@ -222,5 +241,5 @@ def _shown(text: str) -> str:
 def _strings(text: str) -> list[str]:
     try:
         return [words.unescaped(word) for word in words.split(text)]
-    except ValueError:
-        raise ValueError("A quote is not closed.") from None
+    except ValueError as error:
+        raise ValueError(f"{error}.") from None

@@ -26,6 +26,7 @@ from inferkit.errors import (
     OptionError,
     PromptError,
 )
+from inferkit.html import counted
 from inferkit.notebook import assets, form, recipe
 from inferkit.notebook.completion import loaded_models, loaded_names
 from inferkit.notebook.facts import model_facts, modes, run_summary
@@ -173,8 +174,7 @@ class Panel(LivePlot):
             kept = self._form if typed is None else typed
             self._filled = modes(model)
             same = {k for k in self._filled if self._form[k] == kept.get(k)}
-            self._form |= {k: self._filled[k] for k in same}
-            self._put("form", dict(self._form))
+            self._change_form({k: self._filled[k] for k in same})
 
     def _find_choices(self) -> None:
         """Models that load without network, and devices: the first look imports torch."""
@@ -212,29 +212,25 @@ class Panel(LivePlot):
 
     def _edit(self, fields: dict[str, Any]) -> None:
         with self._sending:
-            self._form |= {name: fields[name] for name in fields if name in form.EMPTY}
-            self._put("form", dict(self._form))
+            self._change_form({name: fields[name] for name in fields if name in form.EMPTY})
             left = {k: v for k, v in self._errors["sending"].items() if k not in fields}
             self._show_errors("sending", left)
             if "ref" in fields:
                 self._put("failure", None)  # it was of another model
         self._plans.do(self._plan, "plan")
 
+    def _change_form(self, fields: dict[str, Any]) -> None:
+        """Put values into the form, and say what is wrong with it: a plan may wait for the hub."""
+        self._form |= fields
+        self._put("form", dict(self._form))
+        self._show_errors("form", form.errors(self._form))
+
     def _plan(self) -> None:
-        """Check the form, and plan the load that it asks for, where that is not loaded already."""
+        """Plan the load that the form asks for, where that is not loaded already."""
         typed = dict(self._form)
-        errors: dict[str, str] = {}
-        try:
-            form.sampling_options(typed)
-        except FormError as error:
-            errors |= error.fields
         try:
             options = form.plan_options(typed)
-        except FormError as error:
-            errors |= error.fields
-            options = None
-        self._show_errors("form", errors)  # first, for a plan may have to ask the hub
-        if options is None:
+        except FormError:
             self._put("plan", None)
         else:
             self._show_plan(typed, options)
@@ -343,8 +339,7 @@ class Panel(LivePlot):
     def _change(self, model: Model, name: str, value: Any) -> None:
         what = f"{_spelled(name)} {value}"
         if name not in _AT_ONCE and (running := model.running):
-            plural = "s" if running > 1 else ""
-            what += f": waits for {running} running request{plural} (Stop ends them)"
+            what += f": waits for {counted(running, 'running request')} (Stop ends them)"
         with self._working(what, cancel=name == "quantize"):
             if name == "quantize":
                 model.quantize(value, progress=self._told)

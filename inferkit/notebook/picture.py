@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from inferkit.html import one_line, table, text_table
+from inferkit.html import counted, one_line, table, text_table
 from inferkit.look import BLUE, LINES, ORANGE, VERMILION, finish
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _PAUSE = 0.05  # s without a step, from which on nothing was running
 _SPAN = 300.0  # s before the last token that a picture shows, and a figure at first
-_BREAK = 1.0  # s without a token
+_BREAK = 1.0  # s without a token, over which no line is drawn...
+_GAPS = 4  # ...unless that is less than so many of the median gaps
 _PRECISION = 4  # digits after the point of the times that a figure keeps
 
 _DOTS = 2_000  # in the picture
@@ -100,8 +101,7 @@ def figure(feed: Feed, origin: str = "") -> go.Figure:
         made.update_xaxes(range=[times[-1] - _SPAN, times[-1]])
     thinned = feed.tables["tokens"].thinned
     note = "older points thinned to the extremes" if thinned else ""
-    count = len(update.requests)
-    subtitle = f"{count} request{'s' if count != 1 else ''} · gap before each token"
+    subtitle = f"{counted(len(update.requests), 'request')} · gap before each token"
     said = " · ".join(part for part in (note, escape(origin, quote=False)) if part)
     return finish(made, "Latency of each token", subtitle, said, height=520)
 
@@ -219,7 +219,8 @@ def _svg(tables: dict[str, np.ndarray], marks: Sequence[tuple[float, str]], name
 
 def _broken(levels: np.ndarray) -> np.ndarray:
     """With a row of nothing where no token came for a while, over which no line is drawn."""
-    pauses = np.flatnonzero(np.diff(levels[:, 0]) > _BREAK) + 1
+    usual = np.maximum(_BREAK, _GAPS * levels[1:, 1] / 1e3)
+    pauses = np.flatnonzero(np.diff(levels[:, 0]) > usual) + 1
     nothing = levels[pauses].copy()
     nothing[:, 1:] = np.nan
     return np.insert(levels, pauses, nothing, axis=0)

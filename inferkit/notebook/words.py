@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import re
-import shlex
+
+# A word, or what stands in quotes, as a whole or as the value in --option="value".
+_WORD = re.compile(r"""\s*(--[\w-]+=)?(?:"([^"]*)"|'([^']*)'|([^\s"']+))(?=\s|$)""")
 
 
 def split(text: str) -> list[str]:
     """The words of a line; quotes are taken off, and a backslash is one, as in a Windows path.
 
     Raises:
-        ValueError: A quote is not closed.
+        ValueError: A quote is not closed, or is within a word.
     """
-    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
-    lexer.whitespace_split, lexer.escape, lexer.commenters = True, "", ""
-    return list(lexer)
+    found, end = [], 0
+    text = text.rstrip()
+    while end < len(text):
+        word = _WORD.match(text, end)
+        if word is None:
+            raise ValueError("A quote is not closed, or is within a word")
+        found.append("".join(part for part in word.groups() if part is not None))
+        end = word.end()
+    return found
 
 
 _QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')(?=\s|$)""")

@@ -33,9 +33,10 @@ function createCards(store, stopIt, button) {
       card.draw(store.requests.get(number));
       before = card.element;
     }
-    const more = store.requests.size - numbers.length;
-    others.hidden = more === 0;
-    others.textContent = `${more} more requests are not shown.`;
+    // They are numbered from 1, and the store forgets the oldest.
+    const more = Math.max(0, ...store.requests.keys()) - numbers.length;
+    others.hidden = more <= 0;
+    others.textContent = `${more} more request${more === 1 ? " is" : "s are"} not shown.`;
   }
 
   return { element, others, draw };
@@ -80,7 +81,7 @@ function createCard(number, stopIt, button) {
       error.textContent = told.error ?? "";
       error.hidden = !told.error;
       const from = told.origin === "panel" ? [] : ["from a cell"];
-      facts.textContent = [...from, `${told.tokens} tokens`, ...times(told)].join(" · ");
+      facts.textContent = [...from, `${told.tokens} token${told.tokens === 1 ? "" : "s"}`, ...times(told)].join(" · ");
       stop.hidden = over;
     },
   };

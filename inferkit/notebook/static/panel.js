@@ -83,8 +83,8 @@ function createPanel(store, root) {
   }
 
   // Max batch and context of a loaded model change when the field is left, not at every key.
-  function setting(name, label, hint) {
-    const box = input(name, { inputmode: "numeric", size: 6 });
+  function setting(name, label, usual, hint) {
+    const box = input(name, { inputmode: "numeric", size: 6, placeholder: usual });
     box.addEventListener("change", () => {
       delete touched[name];
       act("apply", { field: name });
@@ -100,7 +100,8 @@ function createPanel(store, root) {
     return labelled(name, label, toggles[name].element, hint);
   }
 
-  // A button that is off keeps the focus, and says that it is off.
+  // A button that is off keeps the focus, and says that it is off. One of the class "ik-here" asks
+  // nothing of the kernel.
   function button(text, title, click, more = "") {
     const element = h("button", { type: "button", class: `ik-button ${more}`, title }, text);
     element.addEventListener("click", () => isOn(element) && click());
@@ -108,14 +109,17 @@ function createPanel(store, root) {
   }
 
   const isOn = (element) => element.getAttribute("aria-disabled") !== "true";
-  const enable = (element, on) => element.setAttribute("aria-disabled", String(!on));
+  const enable = (element, on) => element.setAttribute("aria-disabled", String(!on || store.gone));
 
   // -- model --------------------------------------------------------------------------------
 
   const list = h("datalist", { id: unique("refs") });
   const ref = input("ref", { list: list.id, class: "ik-ref", placeholder: "demo, a hub id, a folder or a .gguf file" });
   ref.addEventListener("change", () => act("edit"));
-  ref.addEventListener("keydown", (event) => event.key === "Enter" && isOn(load) && act("load"));
+  ref.addEventListener("keydown", (event) => {
+    const plain = event.key === "Enter" && !event.ctrlKey && !event.metaKey; // with them it sends
+    if (plain && isOn(load)) act("load");
+  });
   const device = h("select", {}, h("option", { value: "auto" }, "auto"));
   device.addEventListener("change", () => edit("device", device.value, 0));
   inputs.device = device;
@@ -143,8 +147,8 @@ function createPanel(store, root) {
       toggle("batching", "Batching", ["continuous", "static", "off"], "When a waiting request may start"),
       toggle("speculative", "Speculation", ["off", "ngram"],
         "Guess next tokens by what followed the same ones before, and check several in one pass"),
-      setting("max_batch", "Max batch", "Most requests that run at once"),
-      setting("context", "Context", "Most tokens of prompt and output together")),
+      setting("max_batch", "Max batch", "16", "Most requests that run at once"),
+      setting("context", "Context", "4096", "Most tokens of prompt and output together")),
     plan, work, failure, h("div", { class: "ik-about" }, facts, which, fallback), devices);
 
   function drawChoices({ choices }) {
@@ -184,10 +188,11 @@ function createPanel(store, root) {
     load.classList.toggle("ik-main", Boolean(told) || !model);
   }
 
-  function drawPlan({ plan: told }) {
+  // A load that fails for what the plan has said says it again, in its own place.
+  function drawPlan({ plan: told, failure: failed }) {
     plan.classList.toggle("ik-no", told?.fits === false);
     plan.textContent = told?.text ?? "";
-    plan.hidden = !told;
+    plan.hidden = !told || told.text === failed?.text;
   }
 
   function drawWork({ work: told }) {
@@ -242,7 +247,7 @@ function createPanel(store, root) {
   const copies = button("Send copies", "Send the prompt so many times at once", () => act("send", { how: "copies" }));
   const lines = button("Send each line", "Each line is a prompt of its own", () => act("send", { how: "lines" }));
   const stop = button("Stop", "Stop all requests of this model (Esc)", () => act("stop"), "ik-stop");
-  const copy = button("Copy as code", "The cell that repeats this", copyCode);
+  const copy = button("Copy as code", "The cell that repeats this", copyCode, "ik-here");
   const keep = button("Keep figure", "Show the plot below as a plotly figure", () => act("keep"));
   const code = h("div", { class: "ik-code", hidden: true });
   const wrongCopies = h("div", { class: "ik-wrong", role: "alert", id: unique("wrong"), hidden: true });
@@ -274,7 +279,7 @@ function createPanel(store, root) {
     const said = h("span", { role: "status", class: "ik-faint" });
     code.hidden = false;
     code.replaceChildren(
-      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true))),
+      h("div", { class: "ik-buttons" }, said, button("Close", "Hide the code", () => (code.hidden = true), "ik-here")),
       h("pre", { tabindex: 0 }, text));
     copyText(text).then((done) => {
       said.textContent = done ? "Copied: paste it into a cell." : "Select it and copy it into a cell.";
@@ -319,14 +324,24 @@ function createPanel(store, root) {
     link.textContent = store.gone
       ? `${store.dead}: this panel is no longer connected. Run its cell again for a new one; what is shown stays.`
       : `${store.dead} for some seconds: it may be busy, or gone. This goes away when it answers.`;
-    root.classList.toggle("ik-dead", Boolean(store.dead));
-    body.inert = store.gone;
+    root.classList.toggle("ik-silent", Boolean(store.dead) && !store.gone);
+    if (store.gone) leaveToRead();
+  }
+
+  // What would ask something of the kernel is off; what is shown can be read, selected and copied.
+  function leaveToRead() {
+    for (const box of body.querySelectorAll("input, textarea, select")) {
+      if (box.matches("input[type=text], textarea")) box.readOnly = true;
+      else box.disabled = true;
+    }
+    Object.values(toggles).forEach((each) => each.disable(true));
+    body.querySelectorAll(".ik-button:not(.ik-here)").forEach((each) => enable(each, false));
   }
 
   const draws = {
     form: [drawForm], choices: [drawChoices, drawForm], devices: [drawDevices], errors: [drawErrors],
     model: [drawModel, drawButtons], plan: [drawPlan, drawButtons], work: [drawWork, drawButtons],
-    failure: [drawFailure], summary: [drawSummary],
+    failure: [drawFailure, drawPlan], summary: [drawSummary],
   };
 
   function drawParts(names) {
@@ -338,6 +353,7 @@ function createPanel(store, root) {
     cards.draw();
     enable(keep, store.requests.size > 0);
     drawNow();
+    if (store.gone) leaveToRead(); // this was still to be drawn when the kernel went
   }
 
   const plot = createPlot(store, root, drawUpdate);

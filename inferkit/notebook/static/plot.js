@@ -56,6 +56,7 @@ function createPlot(store, root, alongside = () => {}) {
     const moments = ends.map((times) => times.at(-1) ?? 0);
     moments.push((steps[0].at(-1) ?? 0) + (steps[1].at(-1) ?? 0) / 1e3);
     moments.push(store.marks.at(-1)?.[0] ?? 0);
+    if (store.since !== null) moments.push(store.now.time); // a step may last long
     return Math.max(...moments);
   }
 
@@ -262,11 +263,11 @@ function createPlot(store, root, alongside = () => {}) {
     if (!some) return;
     if (!plots.length) build();
     plots[0].setData(broken(store.tables.levels, levels));
-    plots[1].setData(stepwise(steps, [RUNNING, WAITING], load));
+    plots[1].setData(stepwise(steps, [RUNNING, WAITING], load, present(store)));
     if (more.open) {
       if (!timeline.length) buildTimeline();
       timeline[0].setData([steps[0], steps[1]]);
-      timeline[1].setData(stepwise(steps, [KV], kept));
+      timeline[1].setData(stepwise(steps, [KV], kept, present(store)));
       under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
     }
     queueMicrotask(tellDrawn); // uPlot draws in one, too

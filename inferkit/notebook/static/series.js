@@ -1,6 +1,7 @@
 // From the store's tables to what a plot is given: lines that grow, and places in them.
 
-const BREAK = 1; // s without a token, over which no line is drawn
+const BREAK = 1; // s without a token, over which no line is drawn...
+const GAPS = 4; // ...unless that is less than so many of the median gaps
 const PAUSE = 0.05; // s without a step, from which on nothing was running
 const RUNNING = 4, WAITING = 5, KV = 6; // columns of the steps
 
@@ -31,7 +32,7 @@ function broken(levels, made) {
   }
   const [x, p50, p99] = made.data;
   for (let i = made.from; i < levels[0].length; i++) {
-    if (i && levels[0][i] - levels[0][i - 1] > BREAK) {
+    if (i && levels[0][i] - levels[0][i - 1] > Math.max(BREAK, (GAPS * levels[1][i]) / 1e3)) {
       x.push(levels[0][i] - 1e-6);
       p50.push(null);
       p99.push(null);
@@ -44,18 +45,25 @@ function broken(levels, made) {
   return made.data;
 }
 
+// What runs in a step that has not ended, and since when; null where nothing runs. The KV cache is
+// that of the last step, or more.
+function present({ now, since, tables }) {
+  if (since === null) return null;
+  const values = { [RUNNING]: now.running, [WAITING]: now.waiting, [KV]: tables.steps[KV].at(-1) };
+  return { since, time: now.time, values };
+}
+
 // Columns of the steps over time, as lines that are zero where nothing ran.
-function stepwise(steps, picked, made) {
+function stepwise(steps, picked, made, last = null) {
   const [times, durations] = steps;
   if (made.source !== steps) {
     const data = [[], ...picked.map(() => [])];
-    Object.assign(made, { from: 0, end: -1, source: steps, data });
+    Object.assign(made, { from: 0, end: -1, tail: 0, source: steps, data });
   }
   const [x, ...lines] = made.data;
   const add = (time, value) => (x.push(time), lines.forEach((line, c) => line.push(value(picked[c]))));
   const nothing = () => 0;
-  // At the end of the last step nothing runs, if no other follows: put in anew each time.
-  if (made.from) made.data.forEach((column) => column.pop());
+  made.data.forEach((column) => (column.length -= made.tail));
   for (let i = made.from; i < times.length; i++) {
     if (times[i] - made.end > PAUSE) {
       if (made.end >= 0) add(made.end, nothing);
@@ -64,7 +72,18 @@ function stepwise(steps, picked, made) {
     add(times[i], (column) => steps[column][i]);
     made.end = times[i] + durations[i] / 1e3;
   }
-  if (times.length) add(made.end, nothing);
   made.from = times.length;
+  const length = x.length;
+  if (times.length) addTail();
+  made.tail = x.length - length;
   return made.data;
+
+  // What is not known for good, and so is put in anew each time.
+  function addTail() {
+    const since = last ? Math.max(last.since, made.end) : Infinity;
+    if (since - made.end > PAUSE) add(made.end, nothing);
+    if (!last) return;
+    add(since, (column) => last.values[column]);
+    add(Math.max(last.time, since), (column) => last.values[column]);
+  }
 }

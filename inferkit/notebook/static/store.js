@@ -18,6 +18,7 @@ function createStore(model) {
     marks: [], // [time, label]
     requests: new Map(), // by number
     now: null,
+    since: null, // when what runs or waits now began to, in the kernel's time
     connected: false,
     dead: "", // why nothing comes: no word for a while, or...
     gone: false, // ...its kernel is no more
@@ -77,6 +78,7 @@ function createStore(model) {
       forgetOld();
       store.marks.push(...message.marks);
       store.now = message.now;
+      store.since = store.now.running + store.now.waiting > 0 ? store.since ?? store.now.time : null;
       tell("update");
     },
     beat() {},
@@ -113,6 +115,7 @@ function createStore(model) {
   }
 
   function send(message) {
+    if (store.gone) return;
     watched = performance.now();
     try {
       model.send(message);
