@@ -464,6 +464,32 @@ def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
     assert ik.replay(path, model=folders, progress=False).exact
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_draft_model_is_named_without_its_folders(
+    tiny_model: Callable[[str], Path],
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    joined: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("alice/a/m", "alice/b/m"):
+        shutil.copytree(tiny_model("llama"), folder)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
+    with (
+        ik.load("alice/a/m", progress=False, **options) as a,
+        ik.load("alice/b/m", progress=False, **options) as b,
+    ):
+        a.configure(speculative=f"draft:{b.name}")
+        only = None if joined else [a]
+        with recording.Recording("draft", path, progress=False, models=only) as exp:
+            a.generate(PROMPTS[2], **OPTIONS)
+    assert [mode.speculative for mode in exp.file.modes][:1] == ["draft:m-2"]
+    assert exp.generations[0].settings.speculative == "draft:m-2"
+    assert [entry.name for entry in exp.file.models] == ["m", "m-2"][: 1 + joined]
+    assert "alice" not in re.sub(r'"zlib":"[^"]*"', "", path.read_text(encoding="utf-8"))
+
+
 def test_the_environment_tells_the_notebook_by_its_name_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -101,7 +101,8 @@ class ModeEntry(Entry):
         max_batch: Most requests at once.
         context: Most tokens of prompt and output.
         step: "compiled" or "eager".
-        speculative: How next tokens were guessed: "ngram", or "off".
+        speculative: How next tokens were guessed: "off", "ngram", or "draft:" with the name of the
+            model that guessed, as in ``models`` where it is there.
     """
 
     time: int

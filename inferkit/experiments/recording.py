@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from inferkit import registry
+from inferkit.engine.guesses import DRAFT
 from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import environment, scrubbed
@@ -270,7 +271,8 @@ class Recording:
             number = len(self._models)
             self._models.append(model)
             on_their_way = len(engine.requests)
-            self._tell([files.NewModel(_model_entry(model, self._name_of(model)))])
+            name = self._name_of(model.name, local=model.source.kind in _LOCAL)
+            self._tell([files.NewModel(_model_entry(model, name))])
             if on_their_way:
                 self._file.notes.append(
                     f"{on_their_way} requests to {self._file.models[number].name} were on their "
@@ -281,12 +283,21 @@ class Recording:
             engine.on_submit.append(hook)
             self._hooks.append((engine.on_submit, hook))
 
-    def _name_of(self, model: Model) -> str:
+    def _name_of(self, given: str, *, local: bool) -> str:
         """What the file calls a model: no folder, and not the name of another."""
-        name = files.public_name(model.name, local=model.source.kind in _LOCAL)
-        others = {known for given, known in self._names.items() if given != model.name}
+        name = files.public_name(given, local=local)
+        others = {known for other, known in self._names.items() if other != given}
         tries = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-        return self._names.setdefault(model.name, next(one for one in tries if one not in others))
+        return self._names.setdefault(given, next(one for one in tries if one not in others))
+
+    def _guesser(self, speculative: str) -> str:
+        """How next tokens are guessed, with the draft model called as the file calls it."""
+        if not speculative.startswith(DRAFT):
+            return speculative
+        given = speculative.removeprefix(DRAFT)
+        kinds = {model.name: model.source.kind for model in registry.models()}
+        # Of one that is gone nobody knows whether it is called by its path.
+        return DRAFT + self._name_of(given, local=kinds.get(given, "folder") in _LOCAL)
 
     def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
@@ -320,7 +331,8 @@ class Recording:
         if mode is None or (known is not None and known[1] == mode):
             return
         self._modes[number] = (len(self._file.modes), mode)
-        entry = ModeEntry(time=self._since(now), model=number, **mode)
+        told = mode | {"speculative": self._guesser(mode["speculative"])}
+        entry = ModeEntry(time=self._since(now), model=number, **told)
         self._tell([files.NewMode(entry)])
 
     def _news(self, followed: _Followed) -> files.Progress | None:
@@ -389,7 +401,10 @@ class Recording:
         )
 
     def _settings(self, model: int, request: Request) -> dict[str, Any]:
-        return asdict(request.settings) | {"model": self._file.models[model].name}
+        return asdict(request.settings) | {
+            "model": self._file.models[model].name,
+            "speculative": self._guesser(request.settings.speculative),
+        }
 
     def _tell(self, lines: Sequence[Line]) -> None:
         """Put lines into the file in memory, and on the disk."""
