@@ -834,6 +834,72 @@ def test_one_model_in_two_precisions_runs_again_as_two(
     assert [mode.format for mode in again.measured.file.modes] == ["none", "nf4"]
 
 
+@pytest.fixture
+def reloaded(tiny_model: Callable[[str], Path], path: Path) -> Path:
+    """A model that was loaded three times under one name, in two dtypes and two modes."""
+    options: dict[str, Any] = {"device": "cpu", "context": 128, "name": "m", "progress": False}
+    with ik.record("reloaded", path=path, progress=False) as exp:
+        for dtype, mode in (("float32", "none"), ("bfloat16", "none"), ("float32", "nf4")):
+            # The second takes the place of the first, which was not unloaded.
+            model = ik.load(tiny_model("llama"), dtype=dtype, quantize=mode, **options)
+            model.generate(PROMPTS[:2], **OPTIONS)
+        model.unload()
+    assert [entry.dtype for entry in exp.file.models] == ["float32", "bfloat16", "float32"]
+    return path
+
+
+def test_a_model_that_was_loaded_again_runs_again_one_load_after_the_other(
+    reloaded: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    monkeypatch.setattr(recording.registry, "on_load", [lambda _: at_once.append(len(ik.models()))])
+    found = ik.replay(reloaded, model=tiny_model("llama"), progress=False)
+    assert found.exact, found
+    assert at_once == [1, 1, 1]
+    assert ik.models() == []
+    recorded, measured = found.recorded.file, found.measured.file
+    assert [entry.dtype for entry in measured.models] == ["float32", "bfloat16", "float32"]
+    assert [entry.name for entry in measured.models] == ["m", "m", "m"]
+    assert [gen.settings.model for gen in found.measured.generations] == ["m"] * 6
+    assert [one.model for one in measured.requests] == [one.model for one in recorded.requests]
+    assert len(found.latency.pairs) == 6
+    # The first two arrive together, however long it took to load the model for them.
+    arrivals = [one.arrival for one in measured.requests]
+    assert arrivals[2] == arrivals[3]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_every_request_is_measured_once_and_in_its_own_mode(
+    tiny_model: Callable[[str], Path], path: Path, loaded: bool
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128, "name": "m"}
+    with ik.record("twice", path=path, progress=False):
+        for mode in ("none", "nf4"):
+            with ik.load(tiny_model("llama"), quantize=mode, progress=False, **options) as model:
+                model.generate(PROMPTS[2], **OPTIONS)
+    if loaded:
+        ik.load(tiny_model("llama"), progress=False, **options)
+    found = ik.replay(path, model={"m": tiny_model("llama")}, progress=False)
+    for model in ik.models():
+        model.unload()
+    assert found.exact, found
+    file = found.measured.file
+    assert [one.model for one in file.requests] == [0, 1]
+    assert [file.modes[one.mode].quantize for one in file.requests] == ["none", "nf4"]
+    assert [file.modes[one.mode].model for one in file.requests] == [0, 1]
+
+
+def test_models_of_other_names_and_files_need_a_path_each(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    with ik.record("two", path=path, progress=False):
+        for name in ("llama", "qwen3"):
+            with ik.load(tiny_model(name), name=name, device="cpu", progress=False) as model:
+                model.generate(PROMPTS[0], max_tokens=2)
+    with pytest.raises(ik.OptionError, match=r"2 models: give model=\{'llama': .*'qwen3'"):
+        ik.replay(path, model=tiny_model("llama"), progress=False)
+
+
 def test_a_model_that_only_stood_by_need_not_be_named(
     model: ik.Model, tiny_model: Callable[[str], Path], path: Path
 ) -> None:

@@ -112,6 +112,21 @@ class _Followed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Hook:
+    """What others call until it is taken out again."""
+
+    listeners: list[Any]
+    call: Callable[..., None]
+
+    def put_in(self) -> None:
+        self.listeners.append(self.call)
+
+    def take_out(self) -> None:
+        if self.call in self.listeners:
+            self.listeners.remove(self.call)
+
+
+@dataclass(frozen=True, slots=True)
 class _Note:
     """What whoever submitted requests has left."""
 
@@ -134,7 +149,8 @@ class Recording:
         redact: Leave out prompts and outputs.
         overwrite: Replace a file that is there.
         progress: Show a bar while files are hashed.
-        models: Whose requests to record; None for those of all that are loaded, now or meanwhile.
+        models: Whose requests to record, besides those that it is told to `follow`; None for those
+            of all that are loaded, now or meanwhile.
 
     Attributes:
         experiment: What was recorded so far.
@@ -164,7 +180,8 @@ class Recording:
         self._notes: deque[_Note] = deque()
         self._models: list[Model] = []
         self._names: dict[str, str] = {}  # in the file, by what models were loaded as
-        self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
+        self._on_load = _Hook(registry.on_load, self.follow)
+        self._on_submit: dict[int, _Hook] = {}  # of the models that it follows
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
         self._ended = threading.Event()  # nothing more is recorded
@@ -208,10 +225,9 @@ class Recording:
                 self._keep_unfinished(self._path)
                 self._journal = files.Journal(self._path, self._file)
         if self._only is None:
-            registry.on_load.append(self._joined)
-            self._hooks.append((registry.on_load, self._joined))
+            self._on_load.put_in()
         for model in registry.models() if self._only is None else self._only:
-            self._joined(model)
+            self.follow(model)
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()
         if self._path is not None:  # that of a replay is its own affair
@@ -235,9 +251,8 @@ class Recording:
         self._ended.set()
         if self is _latest:
             status.recorded(self._file.name, running=False)
-        for listeners, hook in self._hooks:
-            if hook in listeners:
-                listeners.remove(hook)
+        for hook in (self._on_load, *self._on_submit.values()):
+            hook.take_out()
         self._thread.join()
         if self._hasher is not None:
             self._hasher.join()
@@ -261,8 +276,13 @@ class Recording:
 
     # -- hearing --------------------------------------------------------------------------------
 
-    def _joined(self, model: Model) -> None:
-        """A model is there: hear of its requests from now on."""
+    def follow(self, model: Model, name: str | None = None) -> None:
+        """Record a model's requests and changes from now on.
+
+        Args:
+            model: It may have been followed and left before: it is another model of the file then.
+            name: What the file calls it; None for what it is loaded as, without folders.
+        """
         with self._lock:
             try:
                 engine = model._engine
@@ -271,7 +291,7 @@ class Recording:
             number = len(self._models)
             self._models.append(model)
             on_their_way = len(engine.requests)
-            name = self._name_of(model.name, local=model.source.kind in _LOCAL)
+            name = name or self._name_of(model.name, local=model.source.kind in _LOCAL)
             self._tell([files.NewModel(_model_entry(model, name))])
             if on_their_way:
                 self._file.notes.append(
@@ -279,9 +299,16 @@ class Recording:
                     "way when it began; they took part of the machine and are not in here."
                 )
             self._changed(number, _mode(model), time.perf_counter_ns())
-            hook = partial(self._submitted, number, model)
-            engine.on_submit.append(hook)
-            self._hooks.append((engine.on_submit, hook))
+            hook = _Hook(engine.on_submit, partial(self._submitted, number, model))
+            hook.put_in()
+            self._on_submit[number] = hook
+
+    def leave(self, model: Model) -> None:
+        """Record no more of what a model is asked, and of what it becomes."""
+        with self._lock:
+            self._collect()
+            for number in [n for n in self._on_submit if self._models[n] is model]:
+                self._on_submit.pop(number).take_out()
 
     def _name_of(self, given: str, *, local: bool) -> str:
         """What the file calls a model: no folder, and not the name of another."""
@@ -321,8 +348,8 @@ class Recording:
                 followed = _Followed(request, len(self._file.requests))
                 self._tell([files.NewRequest(self._entry(note.model, mode, request))])
                 self._live.append(followed)
-        for number, model in enumerate(self._models):
-            self._changed(number, _mode(model), time.perf_counter_ns())
+        for number in self._on_submit:
+            self._changed(number, _mode(self._models[number]), time.perf_counter_ns())
         self._tell([line for followed in self._live if (line := self._news(followed))])
         self._live = [f for f in self._live if self._file.requests[f.number].finish_reason is None]
 
