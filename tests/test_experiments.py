@@ -548,6 +548,71 @@ def test_another_model_is_refused_unless_it_is_wanted(
     assert "nats apart" in greedy.reason
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["config.json"], "other files beside the weights"),
+        (["model.safetensors"], "other weights"),
+        (["config.json", "model.safetensors"], "other weights, files beside the weights"),
+    ],
+)
+def test_other_files_are_a_reason_and_noted(
+    recorded: ik.Experiment, path: Path, names: list[str], said: str
+) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["models"][0]["files"] |= dict.fromkeys(names, "0" * 64)
+    ids = list(recorded.generations[0].token_ids)
+    data["requests"][0]["token_ids"] = [*ids[:5], (ids[5] + 1) % 100, *ids[6:]]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    found = ik.replay(path, check_files=False, progress=False)
+    assert found.outcomes[0].reason.endswith(f"; {said}")
+    (note,) = (note for note in found.notes if "other files than were recorded" in note)
+    assert note.endswith(f"{', '.join(names)} have another sha256")
+
+
+def failed_after(path: Path, count: int, reason: str | None = "error") -> None:
+    """Make the first request of a file one that did not come to its end."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    one = data["requests"][0]
+    for name in ("tokens", "token_ids", "text_ends"):
+        one[name] = files.unpack(files.Packed(**one[name]))[:count]
+    one["text"] = one["text"][: [0, *one["text_ends"]][-1]]
+    one |= {"finish_reason": reason, "error": ["OutOfMemoryError", "no room"]}
+    if reason is None:
+        del one["error"], one["finished"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def test_a_request_that_failed_is_the_same_where_its_tokens_are(
+    recorded: ik.Experiment, path: Path
+) -> None:
+    failed_after(path, 3)
+    found = ik.replay(path, progress=False)
+    first = found.outcomes[0]
+    assert found.exact, found
+    assert first.kind == "equal"
+    assert first.reason == "up to where it failed (OutOfMemoryError: no room), after 3 tokens"
+    assert first.measured is not None
+    assert len(first.measured.token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("error", "it failed (OutOfMemoryError: no room) before its first token"),
+        ("cancelled", "it was cancelled before its first token"),
+        (None, "it had not ended before its first token"),
+    ],
+)
+def test_a_request_without_a_token_is_not_run_again_and_says_why(
+    recorded: ik.Experiment, path: Path, reason: str | None, said: str
+) -> None:
+    failed_after(path, 0, reason)
+    found = ik.replay(path, progress=False)
+    assert (found.outcomes[0].kind, found.outcomes[0].reason) == ("not run", said)
+    assert found.ok
+
+
 def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     recorded: ik.Experiment, path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -596,6 +661,21 @@ def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path)
     assert "only times compare" in found.verdict
     assert not found.verified
     assert found.to_dict()["verified"] is False
+
+
+def test_what_a_replay_did_otherwise_is_in_its_file(
+    model: ik.Model, path: Path, tmp_path: Path
+) -> None:
+    with ik.record("secret", path=path, redact=True, progress=False) as exp:
+        model.generate(PROMPTS, **OPTIONS)
+    exp.file.models[0].devices = ["cuda:7"]
+    found = ik.replay(exp, progress=False)
+    saved = ik.open(found.measured.save(tmp_path / "saved.json"))
+    assert saved.redacted
+    assert all(gen.prompt_token_ids == () for gen in saved.generations)
+    assert saved.notes == found.notes == found.measured.notes
+    assert "prompts are random tokens of the recorded lengths" in saved.notes
+    assert any("cuda:7, which is not attached" in note for note in saved.notes)
 
 
 def test_the_command_line_says_where_no_token_was_verified(

@@ -272,8 +272,9 @@ def replay(
     recording was idle or the mode was changed, what comes next waits until that is reached here
     too, so that a slower machine does not turn requests that followed each other into requests that
     compete; longer waits of the recording, while a person thought, are cut to ``pause``. A request
-    that was cancelled is run up to the token where it was. Where prompts were left out, random
-    tokens take their place, as many, and only times are compared.
+    that was cancelled or failed is run up to the token where it was, and not at all where it had
+    none. Where prompts were left out, random tokens take their place, as many, and only times are
+    compared.
 
     A model that is loaded from the same files is used, and has its settings back afterwards; else
     it is loaded for the time. Of several that were loaded one after the other each is loaded when
@@ -293,7 +294,8 @@ def replay(
             are attached, else "auto".
         dtype: To run in; None for the recorded one.
         pause: Most seconds that nothing happens.
-        check_files: Refuse a model whose files have other digests than those recorded.
+        check_files: Refuse a model whose files have other digests than those recorded; False notes
+            it, and gives it as a reason where tokens differ.
         progress: Show bars, or call this with (what, done, total).
 
     Raises:
@@ -347,18 +349,18 @@ def _find(entry: ModelEntry, ref: Any, progress: Progress) -> catalog.Source:
     return catalog.resolve(entry.ref if ref is None else ref, revision, progress=progress)
 
 
-def _check_files(entry: ModelEntry, found: Mapping[str, str]) -> None:
+def _other_files(entry: ModelEntry, found: Mapping[str, str]) -> list[str]:
+    """Names of recorded files that are not there or have another sha256."""
     # What was converted may be written otherwise by another version; what it came from may not.
     kept = {n: d for n, d in entry.files.items() if n.endswith(".gguf")} or entry.files
-    other = [name for name, digest in kept.items() if found.get(name) != digest]
-    if other:
-        missing = [name for name in other if name not in found]
-        what = "are not there" if len(missing) == len(other) else "have another sha256"
-        raise ExperimentError(
-            f"This is not the model that was recorded as {entry.name!r}: {', '.join(other[:4])} "
-            f"{what}. Name the right one with model=, or run with check_files=False to compare "
-            "with another."
-        )
+    return [name for name, digest in kept.items() if found.get(name) != digest]
+
+
+def _how_they_differ(other: Sequence[str], found: Mapping[str, str]) -> str:
+    """The first of these files, and what is the matter with them."""
+    missing = [name for name in other if name not in found]
+    what = "are not there" if len(missing) == len(other) else "have another sha256"
+    return f"{', '.join(other[:4])} {what}"
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -419,9 +421,21 @@ def _spans(parts: Sequence[_Part]) -> dict[int, range]:
     return {number: range(of_it[0], of_it[-1] + 1) for number, of_it in needed.items()}
 
 
+def _ended_itself(one: RequestEntry) -> bool:
+    """Whether a recorded request came to an end of its own, which is one to be reproduced."""
+    return one.finish_reason in ("stop", "length")
+
+
 def _runs(one: RequestEntry) -> bool:
     """Whether a recorded request is run again."""
-    return one.finish_reason in ("stop", "length", "error") or bool(unpack(one.tokens))
+    return _ended_itself(one) or bool(unpack(one.tokens))
+
+
+def _what_cut(one: RequestEntry) -> str:
+    """What kept a recorded request from an end of its own; "" where it has one."""
+    if one.finish_reason == "error":
+        return f"failed ({': '.join(one.error or ['without a message'])})"
+    return {"cancelled": "was cancelled", None: "had not ended"}.get(one.finish_reason, "")
 
 
 def _end(one: RequestEntry) -> int:
@@ -448,12 +462,15 @@ class _Run:
         self._parts = _parts(recorded)
         self._spans = _spans(self._parts)
         self._sources: dict[int, catalog.Source] = {}
+        self._other_files: dict[int, list[str]] = {}  # that are not as recorded
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement] = {}
         self._failure: InferkitError | None = None
         # Of no other model: one that stands by is no part of this, nor what is asked of it.
-        self._recording = Recording(f"replay of {recorded.name}", None, models=())
+        self._recording = Recording(
+            f"replay of {recorded.name}", None, redact=recorded.redacted, models=()
+        )
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -466,7 +483,7 @@ class _Run:
 
         Args:
             given: Where they are: a path, or paths by name, or None.
-            check_files: Refuse those that are not as recorded.
+            check_files: Refuse those that are not as recorded, and do not only note it.
         """
         entries = {number: self.recorded.file.models[number] for number in self._spans}
         by_name = isinstance(given, Mapping)
@@ -475,15 +492,26 @@ class _Run:
         for number, entry in entries.items():
             ref = given.get(entry.name) if by_name else given
             source = self._sources[number] = _find(entry, ref, self._progress)
-            if not check_files:
-                continue
             if entry.files:
-                _check_files(entry, source.sha256(progress=self._progress))
-            else:
+                self._check_files(number, source, check_files)
+            elif check_files:
                 self._note(
                     f"the recording has no sha256 of {entry.name}'s files: whether this is the "
                     "same model was not checked"
                 )
+
+    def _check_files(self, number: int, source: catalog.Source, refuse: bool) -> None:
+        entry, found = self.recorded.file.models[number], source.sha256(progress=self._progress)
+        other = self._other_files[number] = _other_files(entry, found)
+        if not other:
+            return
+        said = _how_they_differ(other, found)
+        if refuse:
+            raise ExperimentError(
+                f"This is not the model that was recorded as {entry.name!r}: {said}. Name the "
+                "right one with model=, or run with check_files=False to compare with another."
+            )
+        self._note(f"{entry.name} ran with other files than were recorded: {said}")
 
     def _prepare(self, index: int) -> None:
         """Have the models there that a part needs, as they were at its beginning."""
@@ -568,6 +596,8 @@ class _Run:
     def replay(self) -> Replay:
         """Run all parts, one after the other."""
         measured, interrupted = self._recording.experiment, False
+        if self.recorded.redacted:
+            self._note("prompts are random tokens of the recorded lengths")
         try:
             with bar(self._progress, "Replaying", self._to_run, unit="requests") as shown:
                 for index, part in enumerate(self._parts):
@@ -594,6 +624,7 @@ class _Run:
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
             outcomes = [_unfinished(o) for o in outcomes]
+        measured.file.notes += self.notes  # for whoever sees it without the recording
         return Replay(self.recorded, measured, outcomes, self.notes)
 
     @property
@@ -636,7 +667,7 @@ class _Run:
         params = generation_of(one).params
         prompt, count = unpack(one.prompt_token_ids), len(unpack(one.tokens))
         params = replace(params, seed=one.seed)
-        if one.finish_reason not in ("stop", "length", "error") or self.recorded.redacted:
+        if not _ended_itself(one) or self.recorded.redacted:
             params = replace(params, max_tokens=max(1, count))
         if self.recorded.redacted:
             params = replace(params, ignore_eos=True, stop_token_ids=())
@@ -733,21 +764,21 @@ class _Run:
         recorded = generation_of(one, self.recorded.origin)
         request = self._requests.get(number)
         if request is None:
-            reason = "it was cancelled before its first token"
+            reason = f"it {_what_cut(one)} before its first token"
             return Outcome(number, recorded, None, None, None, "not run", reason)
         got = request.result()
         if self.recorded.redacted:
             reason = "outputs were left out of the recording"
             return Outcome(number, recorded, got, None, None, "not compared", reason)
         at = _where_they_part(got, recorded)
-        if at is None and got.finish_reason == "error" and one.finish_reason != "error":
+        if got.finish_reason == "error" and at in (None, len(got.token_ids)):
             return Outcome(
                 number, recorded, got, len(got.token_ids), None, "differs", str(got.error)
             )
         if at is None:
             other = _other_end(one, recorded, got)
-            kind = "differs" if other else "equal"
-            return Outcome(number, recorded, got, None, None, kind, other)
+            kind, reason = ("differs", other) if other else ("equal", _up_to(one))
+            return Outcome(number, recorded, got, None, None, kind, reason)
         judged = self._judged.get(number)
         kind, reason = self._why(one, got, judged)
         gap = None if judged is None else judged.gap
@@ -782,7 +813,17 @@ class _Run:
                 for name in ("torch", "transformers", "bitsandbytes", "jupyter-inferkit")
             },
         }
-        return [name for name, (a, b) in pairs.items() if a != b]
+        return [
+            *_kinds_of_files(self._other_files.get(one.model, ())),
+            *(name for name, (a, b) in pairs.items() if a != b),
+        ]
+
+
+def _kinds_of_files(names: Sequence[str]) -> list[str]:
+    """What files of a model are, in the words of a reason."""
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
+    found = {"weights": weights, "files beside the weights": len(weights) < len(names)}
+    return [kind for kind, there in found.items() if there]
 
 
 def _accelerators(then: Any, now: Any) -> tuple[list[str], list[str]]:
@@ -834,11 +875,17 @@ def _where_they_part(got: Generation, recorded: Generation) -> int | None:
 
 def _other_end(one: RequestEntry, recorded: Generation, got: Generation) -> str:
     """How the same tokens end otherwise here; "" where they do not."""
-    if one.finish_reason not in ("stop", "length"):
-        return ""  # it was run up to where it was cancelled or failed
+    if not _ended_itself(one):
+        return ""
     if got.finish_reason != recorded.finish_reason:
         return f"the same tokens, ended by {got.finish_reason!r}, not {recorded.finish_reason!r}"
     return "" if got.text == recorded.text else "the same tokens, but another text"
+
+
+def _up_to(one: RequestEntry) -> str:
+    """Up to where the tokens were the same, where the recorded request has no end of its own."""
+    cut = _what_cut(one)
+    return f"up to where it {cut}, after {len(unpack(one.tokens))} tokens" if cut else ""
 
 
 def _unfinished(outcome: Outcome) -> Outcome:
