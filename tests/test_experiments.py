@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import inferkit as ik
 from inferkit.experiments import file as files
 from inferkit.experiments import recording, replay, rounding
 from inferkit.experiments.environment import environment, scrubbed
+from inferkit.generation import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "notebooks" / "experiments"
@@ -278,7 +280,8 @@ def change(data: dict[str, Any], keys: list[Any], value: Any) -> None:
         (["version"], "x", "none"),
         (["models", 0, "name"], 7, r"models\[0\].name"),
         (["requests", 0, "model"], 5, "model 5"),
-        (["requests", 0, "mode"], -1, "mode -1"),
+        (["requests", 0, "mode"], -1, r"requests\[0\].mode"),
+        (["requests", 0, "mode"], 99, "mode 99"),
         (["requests", 0, "tokens"], [1, 2], "times"),
         (["requests", 0, "tokens"], {"n": 40, "zlib": "!"}, "damaged"),
         (["requests", 0, "tokens"], {"n": 1, "zlib": "eNpjYIAAxlF6UNAAJ9gAMg=="}, "damaged"),
@@ -376,6 +379,30 @@ def test_the_schema_is_that_of_the_code_and_files_follow_it(
     del data["version"]
     with pytest.raises(fastjsonschema.JsonSchemaException, match="version"):
         check(data)
+
+
+def test_the_schema_says_what_a_reader_in_another_language_needs() -> None:
+    made = files.schema()["$defs"]
+    params = made["RequestEntry"]["properties"]["params"]
+    sampling = made[params["$ref"].rpartition("/")[2]]["properties"]
+    assert set(sampling) == {f.name for f in dataclasses.fields(ik.SamplingParams)}
+    assert sampling["temperature"] == {
+        "type": "number",
+        "minimum": 0,
+        "description": "0, or less than 1e-5, takes the likeliest token.",
+    }
+    settings = made["RequestEntry"]["properties"]["settings"]
+    ran_under = made[settings["$ref"].rpartition("/")[2]]["properties"]
+    assert set(ran_under) == {f.name for f in dataclasses.fields(Settings)}
+    reason = made["RequestEntry"]["properties"]["finish_reason"]["anyOf"][0]
+    assert set(reason["enum"]) == {"stop", "length", "cancelled", "error"}
+    assert made["ModeEntry"]["properties"]["step"]["enum"] == ["compiled", "eager", "unknown"]
+    for structure in made.values():
+        for name, one in structure["properties"].items():
+            assert "const" in one or one["description"], (structure["title"], name)
+    text = SCHEMA.read_text(encoding="utf-8")
+    assert "`" not in text
+    assert "None" not in text
 
 
 def test_what_is_saved_meanwhile_can_be_read(

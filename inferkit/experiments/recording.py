@@ -22,13 +22,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from inferkit import registry
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import ExperimentFile, Line, ModeEntry, ModelEntry, RequestEntry
+from inferkit.experiments.file import (
+    ExperimentFile,
+    Line,
+    ModeEntry,
+    ModelEntry,
+    RanUnder,
+    RequestEntry,
+    Sampling,
+)
 from inferkit.lab import status
 from inferkit.model import Model
 from inferkit.progress import Progress
@@ -266,6 +276,8 @@ class Recording:
         if self._file.duration is None:
             self._collect()
             self._file.duration = self._since(time.perf_counter_ns())
+            # Whoever submits from several threads may have been overtaken on the way.
+            self._file.requests.sort(key=lambda one: one.arrival)
             if self._live:
                 self._file.notes.append(f"{len(self._live)} requests had not ended when it did.")
         try:
@@ -407,9 +419,7 @@ class Recording:
         return facts
 
     def _entry(self, model: int, mode: int, request: Request) -> RequestEntry:
-        params = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.params).items()
-        }
+        params = msgspec.convert(asdict(request.params), Sampling)
         if self._redact:
             del params["stop"]
         return RequestEntry(
@@ -427,11 +437,11 @@ class Recording:
             tokens=[],
         )
 
-    def _settings(self, model: int, request: Request) -> dict[str, Any]:
-        return asdict(request.settings) | {
-            "model": self._file.models[model].name,
-            "speculative": self._guesser(request.settings.speculative),
-        }
+    def _settings(self, model: int, request: Request) -> RanUnder:
+        settings = msgspec.convert(asdict(request.settings), RanUnder)
+        settings["model"] = self._file.models[model].name
+        settings["speculative"] = self._guesser(request.settings.speculative)
+        return settings
 
     def _tell(self, lines: Sequence[Line]) -> None:
         """Put lines into the file in memory, and on the disk."""
