@@ -21,6 +21,7 @@ import fastjsonschema
 import pytest
 
 import inferkit as ik
+from inferkit import conversions
 from inferkit.experiments import file as files
 from inferkit.experiments import recording, replay, rounding
 from inferkit.experiments.environment import environment, scrubbed
@@ -219,9 +220,22 @@ def test_a_crash_loses_no_more_than_the_last_second(
         ik.record("crash", path=path)
 
 
-def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
-    model: ik.Model, path: Path
+def test_remembered_digests_are_in_the_journal_from_the_beginning(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As where requests never leave time to read the files.
+    monkeypatch.setattr(recording.Recording, "_hash_meanwhile", lambda _: None)
+    digests = model.source.sha256(progress=False)
+    recorder = ik.record("busy", path=path, progress=False)
+    recorder.start()
+    assert ik.open(path).file.models[0].files == digests
+    recorder.stop()
+
+
+def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
+    model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversions, "sha256_notes", lambda: tmp_path / "notes")
     recorder = ik.record("long", path=path, progress=False)
     exp = recorder.start()
     request = model.submit(PROMPTS[0], max_tokens=180, ignore_eos=True)

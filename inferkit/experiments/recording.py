@@ -1,7 +1,8 @@
 """`record`: everything that happens to the models of this process, written down as it happens.
 
 It costs the engine nothing: whoever submits a request leaves a note, and a thread reads, four times
-a second, lists that only grow. Another hashes the models' files, while no request is on its way.
+a second, lists that only grow. Another hashes the models' files, while no request is on its way;
+digests that are remembered are there from the beginning.
 """
 
 from __future__ import annotations
@@ -462,7 +463,7 @@ class Recording:
         tried: set[int] = set()
         while not self._ended.wait(_TICK):
             for number, model in enumerate(self._models.copy()):
-                if number in tried:
+                if number in tried or self._file.models[number].files:
                     continue
                 # What goes wrong is told at the end, where it is tried again.
                 with suppress(_Ended, OSError, KeyError, InferkitError):
@@ -560,13 +561,20 @@ def _model_entry(model: Model, name: str) -> ModelEntry:
         ref=files.public_name(str(source.ref), local=source.kind in _LOCAL),
         kind=source.kind,
         revision=source.revision,
-        files={},
+        files=_known_files(model),
         devices=list(model.devices),
         dtype=model.dtype,
         prefix_reuse=identity.prefix_reuse,
         prefill_chunk=identity.prefill_chunk,
         parameters_bytes=model.plan.weights,
     )
+
+
+def _known_files(model: Model) -> dict[str, str]:
+    """The digests of a model's files, where none has to be read for them."""
+    with suppress(OSError, KeyError, InferkitError):  # it is told where they have to be
+        return model.source.known_sha256() or {}
+    return {}
 
 
 def _mode(model: Model) -> dict[str, Any] | None:
