@@ -169,6 +169,31 @@ def test_overwriting_keeps_a_recording_that_was_cut_off(path: Path) -> None:
     assert ik.open(kept).name == "tiny run"
 
 
+def test_a_file_that_is_being_recorded_to_is_not_replaced(path: Path, model: ik.Model) -> None:
+    first = ik.record("first", path=path, overwrite=True, progress=False)
+    second = ik.record("second", path=path, overwrite=True, progress=False)
+    first.start()
+    model.generate([5, 6, 7], **OPTIONS)
+    with pytest.raises(ik.OptionError, match="is being recorded to: stop that recording"):
+        second.start()
+    with pytest.raises(ik.OptionError, match="is being recorded to"):
+        ik.record("third", path=path, overwrite=True)
+    first.stop()
+    assert len(ik.open(path).generations) == 1
+    with ik.record("second", path=path, overwrite=True, progress=False):
+        assert ik.open(path).name == "second"
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_a_journal_is_removed_by_whoever_wrote_it(path: Path) -> None:
+    recorder = ik.record("mine", path=path, progress=False)
+    recorder.start()
+    beside(path).rename(path.with_name("moved.partial"))
+    beside(path).write_text("of somebody else", encoding="utf-8")
+    recorder.stop()
+    assert beside(path).read_text(encoding="utf-8") == "of somebody else"
+
+
 def test_a_journal_that_cannot_begin_leaves_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -617,13 +617,48 @@ def set_aside(path: Path) -> Path | None:
         Its new path; None where there was none that would be lost.
 
     Raises:
+        OptionError: It is being written.
         OSError: It cannot be renamed.
     """
+    check_not_under_way(path)
     journal = unfinished(path)
     if journal is None:
         return None
     kept = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PARTIAL}")
     return journal.rename(kept)
+
+
+def check_not_under_way(path: Path) -> None:
+    """Raise OptionError where a recording, of whatever process, writes the journal beside a file.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    journal = path.with_name(path.name + PARTIAL)
+    if not journal.exists():
+        return
+    with journal.open("rb") as there:
+        free = _locked(there)
+    if not free:
+        raise OptionError(
+            f"{path} is being recorded to: stop that recording first, or choose another path."
+        )
+
+
+def _locked(journal: io.BufferedIOBase) -> bool:
+    """Take the lock that the writer of a journal has until it closes it; False where it is taken.
+
+    Where there are no such locks nobody has one: Windows renames no file that is open anyhow.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _read_journal(path: Path) -> ExperimentFile:
@@ -782,6 +817,8 @@ class Journal:
     def __init__(self, path: Path, file: ExperimentFile) -> None:
         self.path = path.with_name(path.name + PARTIAL)
         self._out: io.BufferedWriter | None = self.path.open("wb")
+        self._stat = os.fstat(self._out.fileno())
+        _locked(self._out)
         try:
             self.add([Began(_plain(file))])
         except OSError:
@@ -812,10 +849,13 @@ class Journal:
                 out.close()
 
     def remove(self) -> None:
-        """Take it away, for the file itself is there."""
-        self.close()
+        """Take it away, for the file itself is there; unless another has taken its place."""
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            mine = os.path.samestat(self._stat, self.path.stat())
+            self.close()  # before it is taken away, which Windows asks for
+            if mine:
+                self.path.unlink()
+        self.close()
 
 
 def schema() -> dict[str, Any]:

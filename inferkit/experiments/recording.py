@@ -80,12 +80,13 @@ def record(
         path: The file; None for one in the working directory that is called by the name.
         redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
         overwrite: Replace a file that is there. Of a recording that was not brought to its end, the
-            journal is kept under another name, which a warning says.
+            journal is kept under another name, which a warning says; one that is under way stays.
         progress: Show a bar while the model's files are hashed, or call this with (what, done,
             total).
 
     Raises:
-        OptionError: There is a file already, no folder for it, or no name; the name is too long.
+        OptionError: There is a file already, or it is being recorded to; there is no folder for it,
+            or no name; the name is too long.
         ExperimentError: The file cannot be written.
     """
     return Recording(name, _path(name, path), redact, overwrite, progress)
@@ -452,8 +453,7 @@ class Recording:
             return
         try:
             self._journal.add(lines)
-        except OSError as error:
-            self._journal = None
+        except OSError as error:  # it takes no more, and is not asked to
             self._cannot_write(error)
 
     # -- the end --------------------------------------------------------------------------------
@@ -512,8 +512,6 @@ class Recording:
             return
         if self._journal is not None:
             self._journal.remove()
-        else:  # it could not be written on the way, and can be now
-            self._path.with_name(self._path.name + files.PARTIAL).unlink(missing_ok=True)
 
     def _keep_unfinished(self, path: Path) -> None:
         """Overwriting replaces what was finished; of what was cut off there is nothing else."""
@@ -542,10 +540,12 @@ class Recording:
 
     def _check_free(self, path: Path) -> None:
         files.check_free(path, self._overwrite)
+        with files.writing(path, ": give another path=."):
+            files.check_not_under_way(path)
         journal = path.with_name(path.name + files.PARTIAL)
         if journal.exists() and not self._overwrite:
             raise OptionError(
-                f"{journal} is a recording that was not brought to its end, or is under way. "
+                f"{journal} is a recording that was not brought to its end. "
                 f"ik.open({str(path)!r}) reads it; choose another name, or say overwrite=True."
             )
 
