@@ -67,16 +67,25 @@ class Source:
 
     def sha256(self, *, progress: Progress = True) -> dict[str, str]:
         """Hex digests by file name, the original GGUF's included; read once per file and change."""
-        digests = {
-            name: model_files.remembered_sha256(
-                self.path / name, conversions.sha256_notes(), progress=progress
-            )
+        notes = conversions.sha256_notes()
+        return self._original_sha256() | {
+            name: model_files.remembered_sha256(self.path / name, notes, progress=progress)
             for name in self.files
         }
-        manifest = model_files.read_json(self.path / conversions.MANIFEST)
-        if self.kind in ("gguf", "demo"):
-            digests[manifest["source"]["name"]] = manifest["source"]["sha256"]
-        return digests
+
+    def known_sha256(self) -> dict[str, str] | None:
+        """The same where no file has to be read for it, else None."""
+        notes = conversions.sha256_notes()
+        found = {name: model_files.known_sha256(self.path / name, notes) for name in self.files}
+        known = {name: digest for name, digest in found.items() if digest is not None}
+        return self._original_sha256() | known if len(known) == len(found) else None
+
+    def _original_sha256(self) -> dict[str, str]:
+        """Of the GGUF that the files were converted from; empty where there is none."""
+        if self.kind not in ("gguf", "demo"):
+            return {}
+        source = model_files.read_json(self.path / conversions.MANIFEST)["source"]
+        return {source["name"]: source["sha256"]}
 
     def verify(self, *, progress: Progress = True) -> tuple[str, ...]:
         """Read the files again, and compare with the digests known from where they came.

@@ -32,7 +32,7 @@ class Settings:
             that is stored quantized.
         batching: The policy: "continuous", "static" or "off".
         max_batch: Most requests that could run with it.
-        speculative: How next tokens were guessed: "ngram", or "off".
+        speculative: How next tokens were guessed: "off", "ngram" or "draft:NAME".
     """
 
     model: str

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_whole",
     "describe",
+    "known_sha256",
     "model_files",
     "progress_bar",
     "remembered_sha256",
@@ -163,17 +164,32 @@ def remembered_sha256(path: Path, memory: Path, *, progress: Progress) -> str:
         memory: A folder that keeps one small JSON file for each file asked for.
         progress: Show a bar while reading, or call this with (what, done, total).
     """
+    known = known_sha256(path, memory)
+    if known is not None:
+        return known
     target = path.resolve()
-    stat = target.stat()
-    state = {"path": str(target), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    note = memory / f"{hashlib.sha256(str(target).encode()).hexdigest()[:32]}.json"
-    known = read_json(note)
-    if {key: known.get(key) for key in state} == state:
-        return str(known["sha256"])
-    with progress_bar(f"Checking {path.name}", stat.st_size, shown=progress) as shown:
+    state = _state(target)
+    with progress_bar(f"Checking {path.name}", state["size"], shown=progress) as shown:
         digest = sha256(target, shown)
-    write_atomically(note, json.dumps({**state, "sha256": digest}))
+    write_atomically(_note(target, memory), json.dumps({**state, "sha256": digest}))
     return digest
+
+
+def known_sha256(path: Path, memory: Path) -> str | None:
+    """What `remembered_sha256` gives without reading the file; None where it would read it."""
+    target = path.resolve()
+    state, known = _state(target), read_json(_note(target, memory))
+    return str(known["sha256"]) if {key: known.get(key) for key in state} == state else None
+
+
+def _state(target: Path) -> dict[str, Any]:
+    """What changes where a file does."""
+    stat = target.stat()
+    return {"path": str(target), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _note(target: Path, memory: Path) -> Path:
+    return memory / f"{hashlib.sha256(str(target).encode()).hexdigest()[:32]}.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:

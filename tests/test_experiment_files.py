@@ -96,6 +96,13 @@ def test_facts_of_a_journal_are_checked_as_those_of_the_file(path: Path) -> None
         ik.open(path)
 
 
+def test_facts_that_a_later_line_cannot_go_on_from_are_damage(path: Path) -> None:
+    lines = [{"type": "tokens", "request": 0, "facts": {"text": None}}]
+    write_lines(path, [*journal(path), *lines, {"type": "tokens", "request": 0, "text": "a"}])
+    with pytest.raises(ik.ExperimentError, match=r"damaged or was edited.*text"):
+        ik.open(path)
+
+
 def test_lines_after_a_damaged_one_are_counted_as_lost(path: Path) -> None:
     journal(path)
     lines = beside(path).read_bytes().splitlines(keepends=True)
@@ -160,6 +167,31 @@ def test_overwriting_keeps_a_recording_that_was_cut_off(path: Path) -> None:
     (kept,) = path.parent.glob("*.partial")
     assert kept.read_bytes() == cut
     assert ik.open(kept).name == "tiny run"
+
+
+def test_a_file_that_is_being_recorded_to_is_not_replaced(path: Path, model: ik.Model) -> None:
+    first = ik.record("first", path=path, overwrite=True, progress=False)
+    second = ik.record("second", path=path, overwrite=True, progress=False)
+    first.start()
+    model.generate([5, 6, 7], **OPTIONS)
+    with pytest.raises(ik.OptionError, match="is being recorded to: stop that recording"):
+        second.start()
+    with pytest.raises(ik.OptionError, match="is being recorded to"):
+        ik.record("third", path=path, overwrite=True)
+    first.stop()
+    assert len(ik.open(path).generations) == 1
+    with ik.record("second", path=path, overwrite=True, progress=False):
+        assert ik.open(path).name == "second"
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_a_journal_is_removed_by_whoever_wrote_it(path: Path) -> None:
+    recorder = ik.record("mine", path=path, progress=False)
+    recorder.start()
+    beside(path).rename(path.with_name("moved.partial"))
+    beside(path).write_text("of somebody else", encoding="utf-8")
+    recorder.stop()
+    assert beside(path).read_text(encoding="utf-8") == "of somebody else"
 
 
 def test_a_journal_that_cannot_begin_leaves_nothing(
@@ -239,6 +271,60 @@ def test_settings_that_a_later_version_adds_are_left_alone(path: Path) -> None:
     path.unlink()
     found = ik.open(edited(path, settings=settings | {"newer": 1}))
     assert found.generations[0].settings.model == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"finish_reason": "banana"}, "banana.*finish_reason"),
+        ({"prompt_tokens": -5}, "prompt_tokens"),
+        ({"prompt_tokens": 10**12}, "prompt_tokens"),
+        ({"prompt_tokens": 10**30}, "prompt_tokens"),
+        ({"cached_tokens": -1}, "cached_tokens"),
+        ({"draft_tokens": -3}, "draft_tokens"),
+        ({"draft_tokens": 3, "accepted_tokens": 9}, "guessed 3 tokens, of which 9 were right"),
+        ({"arrival": -1}, "arrival"),
+        ({"duration": -5}, "duration"),
+        ({"prompt_token_ids": [1]}, "has 1 tokens in its prompt and says 7"),
+        ({"text_ends": [3, 7, 99]}, "end outside its text of 13 characters"),
+        ({"text_ends": [-7, 7, 8]}, "end outside its text"),
+        ({"text_ends": [7, 3, 8]}, "end outside its text"),
+        ({"token_ids": [10**30, 1, 2]}, "token_ids"),
+        ({"params": {"temperature": "hot"}}, r"params\.temperature"),
+        ({"params": {"stop": 5}}, r"params\.stop"),
+        ({"settings": {"model": 5}}, r"settings\.model"),
+    ],
+)
+def test_what_no_recording_has_written_is_refused_by_name(
+    path: Path, values: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ik.ExperimentError, match=rf"damaged or was edited.*{said}"):
+        ik.open(edited(path, **values))
+
+
+def test_a_request_under_a_mode_of_another_model_is_refused(path: Path) -> None:
+    data = json.loads(small().save(path).read_bytes())
+    data["models"].append(data["models"][0] | {"name": "other"})
+    data["requests"][0]["model"] = 1
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ik.ExperimentError, match="request 0 is of model 1, and mode 0 of model 0"):
+        ik.open(path)
+
+
+def test_requests_are_in_order_of_arrival_however_they_stand(path: Path) -> None:
+    made = small()
+    made.file.requests.reverse()
+    found = ik.open(made.save(path))
+    assert [one.arrival for one in found.file.requests] == sorted(
+        one.arrival for one in made.file.requests
+    )
+    assert found.generations[0].text == "one two three"
+
+
+def test_whatever_is_opened_can_be_a_table(path: Path) -> None:
+    most = ik.open(edited(path, prompt_tokens=10**7))
+    most.export(path.with_name("one.parquet"))
+    assert most.to_frame()["prompt_tokens"].iloc[0] == 10**7
 
 
 # -- names and paths ------------------------------------------------------------------------------

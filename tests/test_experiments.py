@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -21,9 +22,11 @@ import measured
 import pytest
 
 import inferkit as ik
+from inferkit import conversions
 from inferkit.experiments import file as files
 from inferkit.experiments import recording, replay, rounding
 from inferkit.experiments.environment import environment, scrubbed
+from inferkit.generation import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "notebooks" / "experiments"
@@ -218,9 +221,22 @@ def test_a_crash_loses_no_more_than_the_last_second(
         ik.record("crash", path=path)
 
 
-def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
-    model: ik.Model, path: Path
+def test_remembered_digests_are_in_the_journal_from_the_beginning(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As where requests never leave time to read the files.
+    monkeypatch.setattr(recording.Recording, "_hash_meanwhile", lambda _: None)
+    digests = model.source.sha256(progress=False)
+    recorder = ik.record("busy", path=path, progress=False)
+    recorder.start()
+    assert ik.open(path).file.models[0].files == digests
+    recorder.stop()
+
+
+def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
+    model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversions, "sha256_notes", lambda: tmp_path / "notes")
     recorder = ik.record("long", path=path, progress=False)
     exp = recorder.start()
     request = model.submit(PROMPTS[0], max_tokens=180, ignore_eos=True)
@@ -279,7 +295,8 @@ def change(data: dict[str, Any], keys: list[Any], value: Any) -> None:
         (["version"], "x", "none"),
         (["models", 0, "name"], 7, r"models\[0\].name"),
         (["requests", 0, "model"], 5, "model 5"),
-        (["requests", 0, "mode"], -1, "mode -1"),
+        (["requests", 0, "mode"], -1, r"requests\[0\].mode"),
+        (["requests", 0, "mode"], 99, "mode 99"),
         (["requests", 0, "tokens"], [1, 2], "times"),
         (["requests", 0, "tokens"], {"n": 40, "zlib": "!"}, "damaged"),
         (["requests", 0, "tokens"], {"n": 1, "zlib": "eNpjYIAAxlF6UNAAJ9gAMg=="}, "damaged"),
@@ -379,6 +396,30 @@ def test_the_schema_is_that_of_the_code_and_files_follow_it(
         check(data)
 
 
+def test_the_schema_says_what_a_reader_in_another_language_needs() -> None:
+    made = files.schema()["$defs"]
+    params = made["RequestEntry"]["properties"]["params"]
+    sampling = made[params["$ref"].rpartition("/")[2]]["properties"]
+    assert set(sampling) == {f.name for f in dataclasses.fields(ik.SamplingParams)}
+    assert sampling["temperature"] == {
+        "type": "number",
+        "minimum": 0,
+        "description": "0, or less than 1e-5, takes the likeliest token.",
+    }
+    settings = made["RequestEntry"]["properties"]["settings"]
+    ran_under = made[settings["$ref"].rpartition("/")[2]]["properties"]
+    assert set(ran_under) == {f.name for f in dataclasses.fields(Settings)}
+    reason = made["RequestEntry"]["properties"]["finish_reason"]["anyOf"][0]
+    assert set(reason["enum"]) == {"stop", "length", "cancelled", "error"}
+    assert made["ModeEntry"]["properties"]["step"]["enum"] == ["compiled", "eager", "unknown"]
+    for structure in made.values():
+        for name, one in structure["properties"].items():
+            assert "const" in one or one["description"], (structure["title"], name)
+    text = SCHEMA.read_text(encoding="utf-8")
+    assert "`" not in text
+    assert "None" not in text
+
+
 def test_what_is_saved_meanwhile_can_be_read(
     model: ik.Model, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,6 +506,32 @@ def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
     assert ik.replay(path, model=folders, progress=False).exact
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_draft_model_is_named_without_its_folders(
+    tiny_model: Callable[[str], Path],
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    joined: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("alice/a/m", "alice/b/m"):
+        shutil.copytree(tiny_model("llama"), folder)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
+    with (
+        ik.load("alice/a/m", progress=False, **options) as a,
+        ik.load("alice/b/m", progress=False, **options) as b,
+    ):
+        a.configure(speculative=f"draft:{b.name}")
+        only = None if joined else [a]
+        with recording.Recording("draft", path, progress=False, models=only) as exp:
+            a.generate(PROMPTS[2], **OPTIONS)
+    assert [mode.speculative for mode in exp.file.modes][:1] == ["draft:m-2"]
+    assert exp.generations[0].settings.speculative == "draft:m-2"
+    assert [entry.name for entry in exp.file.models] == ["m", "m-2"][: 1 + joined]
+    assert "alice" not in re.sub(r'"zlib":"[^"]*"', "", path.read_text(encoding="utf-8"))
+
+
 def test_the_environment_tells_the_notebook_by_its_name_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -523,6 +590,71 @@ def test_another_model_is_refused_unless_it_is_wanted(
     assert "nats apart" in greedy.reason
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["config.json"], "other files beside the weights"),
+        (["model.safetensors"], "other weights"),
+        (["config.json", "model.safetensors"], "other weights, files beside the weights"),
+    ],
+)
+def test_other_files_are_a_reason_and_noted(
+    recorded: ik.Experiment, path: Path, names: list[str], said: str
+) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["models"][0]["files"] |= dict.fromkeys(names, "0" * 64)
+    ids = list(recorded.generations[0].token_ids)
+    data["requests"][0]["token_ids"] = [*ids[:5], (ids[5] + 1) % 100, *ids[6:]]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    found = ik.replay(path, check_files=False, progress=False)
+    assert found.outcomes[0].reason.endswith(f"; {said}")
+    (note,) = (note for note in found.notes if "other files than were recorded" in note)
+    assert note.endswith(f"{', '.join(names)} have another sha256")
+
+
+def failed_after(path: Path, count: int, reason: str | None = "error") -> None:
+    """Make the first request of a file one that did not come to its end."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    one = data["requests"][0]
+    for name in ("tokens", "token_ids", "text_ends"):
+        one[name] = files.unpack(files.Packed(**one[name]))[:count]
+    one["text"] = one["text"][: [0, *one["text_ends"]][-1]]
+    one |= {"finish_reason": reason, "error": ["OutOfMemoryError", "no room"]}
+    if reason is None:
+        del one["error"], one["finished"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def test_a_request_that_failed_is_the_same_where_its_tokens_are(
+    recorded: ik.Experiment, path: Path
+) -> None:
+    failed_after(path, 3)
+    found = ik.replay(path, progress=False)
+    first = found.outcomes[0]
+    assert found.exact, found
+    assert first.kind == "equal"
+    assert first.reason == "up to where it failed (OutOfMemoryError: no room), after 3 tokens"
+    assert first.measured is not None
+    assert len(first.measured.token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("error", "it failed (OutOfMemoryError: no room) before its first token"),
+        ("cancelled", "it was cancelled before its first token"),
+        (None, "it had not ended before its first token"),
+    ],
+)
+def test_a_request_without_a_token_is_not_run_again_and_says_why(
+    recorded: ik.Experiment, path: Path, reason: str | None, said: str
+) -> None:
+    failed_after(path, 0, reason)
+    found = ik.replay(path, progress=False)
+    assert (found.outcomes[0].kind, found.outcomes[0].reason) == ("not run", said)
+    assert found.ok
+
+
 def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     recorded: ik.Experiment, path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -571,6 +703,21 @@ def test_a_redacted_experiment_compares_times_alone(model: ik.Model, path: Path)
     assert "only times compare" in found.verdict
     assert not found.verified
     assert found.to_dict()["verified"] is False
+
+
+def test_what_a_replay_did_otherwise_is_in_its_file(
+    model: ik.Model, path: Path, tmp_path: Path
+) -> None:
+    with ik.record("secret", path=path, redact=True, progress=False) as exp:
+        model.generate(PROMPTS, **OPTIONS)
+    exp.file.models[0].devices = ["cuda:7"]
+    found = ik.replay(exp, progress=False)
+    saved = ik.open(found.measured.save(tmp_path / "saved.json"))
+    assert saved.redacted
+    assert all(gen.prompt_token_ids == () for gen in saved.generations)
+    assert saved.notes == found.notes == found.measured.notes
+    assert "prompts are random tokens of the recorded lengths" in saved.notes
+    assert any("cuda:7, which is not attached" in note for note in saved.notes)
 
 
 def test_the_command_line_says_where_no_token_was_verified(
@@ -807,6 +954,72 @@ def test_one_model_in_two_precisions_runs_again_as_two(
     again = ik.replay(path, model={"plain": folder, "nf4": folder}, progress=False)
     assert again.exact, again
     assert [mode.format for mode in again.measured.file.modes] == ["none", "nf4"]
+
+
+@pytest.fixture
+def reloaded(tiny_model: Callable[[str], Path], path: Path) -> Path:
+    """A model that was loaded three times under one name, in two dtypes and two modes."""
+    options: dict[str, Any] = {"device": "cpu", "context": 128, "name": "m", "progress": False}
+    with ik.record("reloaded", path=path, progress=False) as exp:
+        for dtype, mode in (("float32", "none"), ("bfloat16", "none"), ("float32", "nf4")):
+            # The second takes the place of the first, which was not unloaded.
+            model = ik.load(tiny_model("llama"), dtype=dtype, quantize=mode, **options)
+            model.generate(PROMPTS[:2], **OPTIONS)
+        model.unload()
+    assert [entry.dtype for entry in exp.file.models] == ["float32", "bfloat16", "float32"]
+    return path
+
+
+def test_a_model_that_was_loaded_again_runs_again_one_load_after_the_other(
+    reloaded: Path, tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once: list[int] = []
+    monkeypatch.setattr(recording.registry, "on_load", [lambda _: at_once.append(len(ik.models()))])
+    found = ik.replay(reloaded, model=tiny_model("llama"), progress=False)
+    assert found.exact, found
+    assert at_once == [1, 1, 1]
+    assert ik.models() == []
+    recorded, measured = found.recorded.file, found.measured.file
+    assert [entry.dtype for entry in measured.models] == ["float32", "bfloat16", "float32"]
+    assert [entry.name for entry in measured.models] == ["m", "m", "m"]
+    assert [gen.settings.model for gen in found.measured.generations] == ["m"] * 6
+    assert [one.model for one in measured.requests] == [one.model for one in recorded.requests]
+    assert len(found.latency.pairs) == 6
+    # The first two arrive together, however long it took to load the model for them.
+    arrivals = [one.arrival for one in measured.requests]
+    assert arrivals[2] == arrivals[3]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_every_request_is_measured_once_and_in_its_own_mode(
+    tiny_model: Callable[[str], Path], path: Path, loaded: bool
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128, "name": "m"}
+    with ik.record("twice", path=path, progress=False):
+        for mode in ("none", "nf4"):
+            with ik.load(tiny_model("llama"), quantize=mode, progress=False, **options) as model:
+                model.generate(PROMPTS[2], **OPTIONS)
+    if loaded:
+        ik.load(tiny_model("llama"), progress=False, **options)
+    found = ik.replay(path, model={"m": tiny_model("llama")}, progress=False)
+    for model in ik.models():
+        model.unload()
+    assert found.exact, found
+    file = found.measured.file
+    assert [one.model for one in file.requests] == [0, 1]
+    assert [file.modes[one.mode].quantize for one in file.requests] == ["none", "nf4"]
+    assert [file.modes[one.mode].model for one in file.requests] == [0, 1]
+
+
+def test_models_of_other_names_and_files_need_a_path_each(
+    tiny_model: Callable[[str], Path], path: Path
+) -> None:
+    with ik.record("two", path=path, progress=False):
+        for name in ("llama", "qwen3"):
+            with ik.load(tiny_model(name), name=name, device="cpu", progress=False) as model:
+                model.generate(PROMPTS[0], max_tokens=2)
+    with pytest.raises(ik.OptionError, match=r"2 models: give model=\{'llama': .*'qwen3'"):
+        ik.replay(path, model=tiny_model("llama"), progress=False)
 
 
 def test_a_model_that_only_stood_by_need_not_be_named(

@@ -607,3 +607,46 @@ def test_many_chunks_are_packed_and_come_back(tmp_path):
     path = made.save(tmp_path / "saved.json")
     assert '"chunks":{"n":100,' in path.read_text()
     assert open_experiment(path).generations[0].latency.itl == pytest.approx([0.001] * 99)
+
+
+# What other tools wrote of people, and what is no text
+
+
+SECRET = "no luck in /home/alice/m/x.bin of https://bob:hf_secret@host/m"
+SAID = "no luck in x.bin of https://host/m"
+
+
+def failing_results():
+    """A result of each tool with a request that failed, by the name of its file."""
+    vllm = to_vllm(small())
+    vllm["errors"] = ["", "", "cancelled", SECRET]
+    record = aiperf(error_isl=5) | {"error": {"type": "OSError", "message": SECRET}}
+    report = guidellm_report()
+    errored = guidellm_request(1.0)
+    errored["info"]["error"] = SECRET
+    report["benchmarks"][0]["requests"]["errored"] = [errored]
+    return {"vllm.json": vllm, "aiperf.jsonl": record, "guidellm.json": report}
+
+
+@pytest.mark.parametrize("name", ["vllm.json", "aiperf.jsonl", "guidellm.json"])
+def test_errors_come_without_folders_users_and_passwords(tmp_path, name):
+    source = saved(tmp_path / name, failing_results()[name])
+    number = 0 if name == "guidellm.json" else None
+    found = import_experiment(source, benchmark=number)
+    assert SAID in [one.error[1] for one in found.file.requests if one.error]
+    text = found.save(tmp_path / "own.json").read_text(encoding="utf-8")
+    assert not [word for word in ("alice", "bob", "hf_secret") if word in text]
+
+
+def test_what_is_no_text_is_replaced_and_can_be_written(tmp_path):
+    result = to_vllm(small())
+    result["generated_texts"][0] = "half \ud83d, whole \U0001f600"
+    result["model_id"] = "m\udc00"
+    result["errors"][3] = "\ud800"
+    found = import_experiment(saved(tmp_path / "vllm.json", result))
+    assert found.generations[0].text == "half \ufffd, whole \U0001f600"
+    assert found.models[0].name == "m\ufffd"
+    opened = open_experiment(found.save(tmp_path / "own.json"))
+    assert opened.file.requests[3].error[1] == "\ufffd"
+    for kind in ("csv", "parquet", "html", "vllm", "aiperf"):
+        found.export(tmp_path / kind, kind)

@@ -79,6 +79,36 @@ def test_long_waits_are_cut(played: list[Any]) -> None:
     assert time.perf_counter() - began < 10
 
 
+@pytest.mark.parametrize("after", [60_000 * MS, 10**18])
+def test_a_wait_for_a_change_of_mode_is_cut(played: list[Any], after: int) -> None:
+    changed = experiment(request(0, 10 * MS))
+    changed.file.modes.append(msgspec.structs.replace(changed.file.modes[0], time=after))
+    began = time.perf_counter()
+    shown(played, changed, pause=0.05)
+    assert time.perf_counter() - began < 10
+
+
+def test_a_pause_without_a_limit_cuts_nothing(played: list[Any]) -> None:
+    shown(played, experiment(request(0, 10 * MS), request(200 * MS, 10 * MS)), pause=float("inf"))
+
+
+def test_what_goes_wrong_on_the_way_is_told(
+    played: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    playback = ik.play(MANY)
+    played.append(playback)
+    told: list[BaseException] = []
+    monkeypatch.setattr(playback._stage, "_failed", told.append)
+    monkeypatch.setattr(playback._stage, "_step", lambda *_: 1 / 0)
+    playback._ipython_display_()
+    with pytest.raises(ik.ExperimentError, match="'tiny run' cannot be played: ZeroDivisionError"):
+        playback.wait(20)
+    assert [type(error) for error in told] == [ZeroDivisionError]
+    monkeypatch.undo()
+    playback._ipython_display_()
+    assert playback.wait(20)
+
+
 def test_requests_that_failed_or_were_cancelled_end_as_they_did(played: list[Any]) -> None:
     playback = shown(played, small())
     ended = {str(gen.finish_reason): gen for gen in playback.generations}

@@ -584,10 +584,11 @@ def _done(one: Experiment) -> dict[int, Generation]:
 def _partners(a: Experiment, b: Experiment) -> list[Mapping[int, object]]:
     """For each side, what the models that requests ran on share with their partners, by number.
 
-    Its name where both sides have the same ones, or else its rank. Not its number itself: that is
-    another where a model was loaded that no request ran on.
+    Its name where both sides have the same ones, or else its rank in order of first requests. Not
+    its number: that is another where a model was loaded that no request ran on, or at once with the
+    others in the one and when it was needed in the other.
     """
-    used = [sorted({entry.model for entry in one.file.requests}) for one in (a, b)]
+    used = [list(dict.fromkeys(entry.model for entry in one.file.requests)) for one in (a, b)]
     names = [[one.file.models[i].name for i in numbers] for one, numbers in zip((a, b), used)]
     same = set(names[0]) == set(names[1]) and all(len(set(one)) == len(one) for one in names)
     shared = names if same else [range(len(numbers)) for numbers in used]

@@ -4,6 +4,10 @@ The structures below are the format; its JSON Schema, ``schemas/experiment-1.jso
 them. While an experiment is recorded, a journal beside the file (``.partial``) gets a line for
 whatever happens, so that a crash loses the last moment at most; at the end the file itself is
 written beside it and put in its place at once, and the journal removed. `read` takes either.
+
+What the types and `_check` refuse, no recording of inferkit's has written: such a file was edited
+or damaged, and the error names the field. Requests that stand in another order than that of their
+arrival are put in that order.
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from uuid import uuid4
 
 import msgspec
 
 from inferkit.errors import ExperimentError, OptionError
+from inferkit.generation import FinishReason
 
 FORMAT = "inferkit-experiment"
 VERSION = 1
@@ -40,6 +45,20 @@ _PLAIN = 32  # so many numbers are written as they are
 _NAME_MAX = 255  # of a file, where the system does not say
 
 
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=10**7)]
+"""A number of tokens; of one request, each of which gets a time."""
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+Kind = Literal["hub", "folder", "gguf", "demo", "unknown"]
+Step = Literal["compiled", "eager", "unknown"]
+Policy = Literal["continuous", "static", "off", "unknown"]
+"""Of these the last stands where the file of another tool does not say."""
+
+
 class Packed(msgspec.Struct, frozen=True):
     """Many whole numbers: the first, and from then on differences, as int64 in little-endian order.
 
@@ -52,7 +71,7 @@ class Packed(msgspec.Struct, frozen=True):
     zlib: str
 
 
-Ints = list[int] | Packed
+Ints = list[Int64] | Packed
 
 
 class Entry(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -65,7 +84,7 @@ class ModelEntry(Entry):
     Attributes:
         name: What it was loaded as.
         ref: The reference it was loaded by; of a path only the last part.
-        kind: "hub", "folder", "gguf" or "demo".
+        kind: "hub", "folder", "gguf" or "demo"; "unknown" of another tool's.
         revision: Commit of a hub model.
         files: Hex sha256 by file name; empty where they were not hashed.
         devices: Canonical names.
@@ -77,14 +96,14 @@ class ModelEntry(Entry):
 
     name: str
     ref: str
-    kind: str
+    kind: Kind
     revision: str | None = None
     files: dict[str, str] = {}
     devices: list[str] = []
     dtype: str = ""
     prefix_reuse: bool = True
     prefill_chunk: int | None = None
-    parameters_bytes: int | None = None
+    parameters_bytes: Natural | None = None
 
 
 class ModeEntry(Entry):
@@ -101,20 +120,73 @@ class ModeEntry(Entry):
         max_batch: Most requests at once.
         context: Most tokens of prompt and output.
         step: "compiled" or "eager".
-        speculative: How next tokens were guessed: "ngram", or "off".
+        speculative: How next tokens were guessed: "off", "ngram", or "draft:" with the name of the
+            model that guessed, as in ``models`` where it is there.
     """
 
-    time: int
-    model: int
+    time: Natural
+    model: Natural
     quantize: str
     format: str
-    batching: str
-    max_batch: int
-    context: int
-    step: str
+    batching: Policy
+    max_batch: Natural
+    context: Natural
+    step: Step
     double_quant: bool = False
     compute_dtype: str = "auto"
     speculative: str = "off"
+
+
+class Sampling(TypedDict, total=False):
+    """How the tokens of a request were chosen, and when it was to end; what is left out is unknown.
+
+    Attributes:
+        max_tokens: Most tokens to generate.
+        temperature: 0, or less than 1e-5, takes the likeliest token.
+        top_p: Of the likeliest tokens only as many as reach this probability together.
+        top_k: Of the likeliest tokens only so many; 0: all.
+        min_p: Only tokens at least this share as likely as the likeliest one.
+        repetition_penalty: Above 1, tokens of prompt and output are less likely; 1 does nothing.
+        seed: As it was asked for; None: one was drawn, which is the request's ``seed``.
+        stop: Strings that end the text; left out where prompts were.
+        stop_token_ids: Token ids that end it besides the model's own.
+        ignore_eos: Whether the model's own do not.
+        logprobs: Of how many tokens the probabilities were asked for.
+    """
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0)]
+    top_p: Share
+    top_k: Natural
+    min_p: Share
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0)]
+    seed: int | None
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    logprobs: Natural
+
+
+class RanUnder(TypedDict):
+    """What a request ran under; until it was scheduled, what it was submitted under.
+
+    Attributes:
+        model: What the model is called, as in ``models``.
+        device: Names of its devices.
+        dtype: torch's name of the dtype.
+        quantization: The mode with its details.
+        batching: The policy.
+        max_batch: Most requests that could run with it.
+        speculative: How next tokens were guessed, as in ``modes``; "off" where it is left out.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    quantization: str
+    batching: Policy
+    max_batch: Natural
+    speculative: NotRequired[str]
 
 
 class RequestEntry(Entry):
@@ -126,7 +198,7 @@ class RequestEntry(Entry):
         prompt: Text; None where token ids were given, or it was left out.
         prompt_token_ids: Empty where prompts were left out.
         prompt_tokens: How many there were.
-        params: Sampling parameters, by their names in inferkit.
+        params: Sampling parameters.
         seed: The seed in force.
         token_ids: Output tokens; empty where prompts were left out.
         text: Their text.
@@ -134,7 +206,7 @@ class RequestEntry(Entry):
         finish_reason: "stop", "length", "cancelled", "error"; None: it was on its way at the end.
         stop_reason: The stop string or token id that ended it.
         error: Kind and message.
-        settings: Model, device, dtype and mode that it ran under.
+        settings: What it ran under.
         arrival: When it was submitted.
         scheduled: When the first step that it took part in began.
         tokens: When each output token was emitted.
@@ -146,37 +218,46 @@ class RequestEntry(Entry):
         accepted_tokens: How many of these were right.
     """
 
-    model: int
-    mode: int
-    arrival: int
-    prompt_tokens: int
-    params: dict[str, Any]
+    model: Natural
+    mode: Natural
+    arrival: Natural
+    prompt_tokens: Count
+    params: Sampling
     seed: int
-    settings: dict[str, Any]
+    settings: RanUnder
     prompt: str | None = None
     prompt_token_ids: Ints = []
     token_ids: Ints = []
     text: str = ""
     text_ends: Ints = []
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: list[str] | None = None
-    scheduled: int | None = None
+    scheduled: Natural | None = None
     tokens: Ints = []
     chunks: Ints | None = None
-    finished: int | None = None
-    cached_tokens: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
+    finished: Natural | None = None
+    cached_tokens: Count = 0
+    draft_tokens: Natural = 0
+    accepted_tokens: Natural = 0
 
 
 class DeviceEntry(Entry):
-    """A device: see `inferkit.devices.Device`; ``driver`` is the version of its driver."""
+    """A device that was attached.
+
+    Attributes:
+        name: Canonical: "cpu", "cuda:0", "mps".
+        kind: "cpu", "cuda" or "mps".
+        description: What it is, in words.
+        total: Bytes of its memory.
+        bf16: Whether it is good at bf16.
+        driver: Version of its driver.
+    """
 
     name: str
     kind: str
     description: str
-    total: int
+    total: Natural
     bf16: bool
     driver: str | None = None
 
@@ -203,10 +284,10 @@ class Environment(Entry):
     python: str = ""
     system: str = ""
     cpu: str = ""
-    cores: int | None = None
-    processors: int | None = None
-    threads: int | None = None
-    memory: int | None = None
+    cores: Natural | None = None
+    processors: Natural | None = None
+    threads: Natural | None = None
+    memory: Natural | None = None
     devices: list[DeviceEntry] = []
     commit: str | None = None
     uncommitted: bool | None = None
@@ -237,7 +318,7 @@ class ExperimentFile(Entry):
     format: str = FORMAT
     version: int = VERSION
     source: str = "inferkit"
-    duration: int | None = None
+    duration: Natural | None = None
     redacted: bool = False
     notes: list[str] = []
     models: list[ModelEntry] = []
@@ -433,6 +514,7 @@ def _converted(head: Any, where: str) -> ExperimentFile:
     try:
         file = _with_numbers(msgspec.convert(head, ExperimentFile), unpack)
         _check(file)
+        file.requests.sort(key=lambda one: one.arrival)
     except (msgspec.ValidationError, ExperimentError, RecursionError) as error:
         raise ExperimentError(f"{where} is damaged or was edited: {error}") from None
     return file
@@ -447,20 +529,38 @@ def _check(file: ExperimentFile) -> None:
     if not _YEARS[0] <= year <= _YEARS[1]:
         raise ExperimentError(f"created is {file.created!r}, when nothing was recorded")
     for number, mode in enumerate(file.modes):
-        if not 0 <= mode.model < len(file.models):
+        if mode.model >= len(file.models):
             raise ExperimentError(f"mode {number} is of model {mode.model}, which is not there")
+        if mode.time > _LATEST:
+            raise ExperimentError(f"mode {number} has a time that no clock gives")
     for number, one in enumerate(file.requests):
-        if not 0 <= one.model < len(file.models):
-            raise ExperimentError(f"request {number} is of model {one.model}, which is not there")
-        if not 0 <= one.mode < len(file.modes):
-            raise ExperimentError(f"request {number} is of mode {one.mode}, which is not there")
-        ids, ends, times = (len(unpack(x)) for x in (one.token_ids, one.text_ends, one.tokens))
-        if not {ids, ends} <= {0, times}:
-            raise ExperimentError(f"request {number} has {ids} tokens and {times} times")
-        # They are in order (see `Trace`): the others lie between these.
-        last = [*unpack(one.tokens)[-1:], *unpack(one.chunks or [])[-1:], one.finished or 0]
-        if any(abs(time) > _LATEST for time in (one.arrival, *last)):
-            raise ExperimentError(f"request {number} has times that no clock gives")
+        fault = _fault(one, file)
+        if fault:
+            raise ExperimentError(f"request {number} {fault}")
+
+
+def _fault(one: RequestEntry, file: ExperimentFile) -> str:
+    """What is wrong with a request of a file; "" for nothing."""
+    if one.model >= len(file.models):
+        return f"is of model {one.model}, which is not there"
+    if one.mode >= len(file.modes):
+        return f"is of mode {one.mode}, which is not there"
+    if file.modes[one.mode].model != one.model:
+        return f"is of model {one.model}, and mode {one.mode} of model {file.modes[one.mode].model}"
+    ids, ends, times = (unpack(x) for x in (one.token_ids, one.text_ends, one.tokens))
+    if not {len(ids), len(ends)} <= {0, len(times)}:
+        return f"has {len(ids)} tokens and {len(times)} times"
+    if (given := len(unpack(one.prompt_token_ids))) not in (0, one.prompt_tokens):
+        return f"has {given} tokens in its prompt and says {one.prompt_tokens}"
+    if ends and not (ends[0] >= 0 and ends == sorted(ends) and ends[-1] <= len(one.text)):
+        return f"has tokens that end outside its text of {len(one.text)} characters"
+    if one.accepted_tokens > one.draft_tokens:
+        return f"guessed {one.draft_tokens} tokens, of which {one.accepted_tokens} were right"
+    # They are in order (see `Trace`): the others lie between these.
+    last = [*times[-1:], *unpack(one.chunks or [])[-1:], one.finished or 0]
+    if any(abs(time) > _LATEST for time in (one.arrival, *last)):
+        return "has times that no clock gives"
+    return ""
 
 
 def read(path: str | os.PathLike[str]) -> ExperimentFile:
@@ -517,13 +617,48 @@ def set_aside(path: Path) -> Path | None:
         Its new path; None where there was none that would be lost.
 
     Raises:
+        OptionError: It is being written.
         OSError: It cannot be renamed.
     """
+    check_not_under_way(path)
     journal = unfinished(path)
     if journal is None:
         return None
     kept = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PARTIAL}")
     return journal.rename(kept)
+
+
+def check_not_under_way(path: Path) -> None:
+    """Raise OptionError where a recording, of whatever process, writes the journal beside a file.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    journal = path.with_name(path.name + PARTIAL)
+    if not journal.exists():
+        return
+    with journal.open("rb") as there:
+        free = _locked(there)
+    if not free:
+        raise OptionError(
+            f"{path} is being recorded to: stop that recording first, or choose another path."
+        )
+
+
+def _locked(journal: io.BufferedIOBase) -> bool:
+    """Take the lock that the writer of a journal has until it closes it; False where it is taken.
+
+    Where there are no such locks nobody has one: Windows renames no file that is open anyhow.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def _read_journal(path: Path) -> ExperimentFile:
@@ -535,7 +670,7 @@ def _read_journal(path: Path) -> ExperimentFile:
     for raw in rest:
         try:
             apply(file, decoder.decode(raw))
-        except (msgspec.DecodeError, RecursionError, IndexError, AttributeError):
+        except (msgspec.DecodeError, RecursionError, IndexError, AttributeError, TypeError):
             break
         read += 1
     # After the last line break stands nothing, or what a process that was killed had begun.
@@ -682,6 +817,8 @@ class Journal:
     def __init__(self, path: Path, file: ExperimentFile) -> None:
         self.path = path.with_name(path.name + PARTIAL)
         self._out: io.BufferedWriter | None = self.path.open("wb")
+        self._stat = os.fstat(self._out.fileno())
+        _locked(self._out)
         try:
             self.add([Began(_plain(file))])
         except OSError:
@@ -712,15 +849,20 @@ class Journal:
                 out.close()
 
     def remove(self) -> None:
-        """Take it away, for the file itself is there."""
-        self.close()
+        """Take it away, for the file itself is there; unless another has taken its place."""
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            mine = os.path.samestat(self._stat, self.path.stat())
+            self.close()  # before it is taken away, which Windows asks for
+            if mine:
+                self.path.unlink()
+        self.close()
 
 
 def schema() -> dict[str, Any]:
     """The JSON Schema of the file."""
     found = msgspec.json.schema(ExperimentFile)
+    for definition in found["$defs"].values():
+        _describe(definition)
     whole = found["$defs"][ExperimentFile.__name__]
     # Readers need them, although the structure has defaults: another version has another schema.
     for name, value in (("format", FORMAT), ("version", VERSION)):
@@ -729,3 +871,15 @@ def schema() -> dict[str, Any]:
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     found["title"] = f"inferkit experiment, version {VERSION}"
     return found
+
+
+def _describe(definition: dict[str, Any]) -> None:
+    """Say of each property what the structure's docstring says of it, in the words of JSON."""
+    summary, _, attributes = definition["description"].partition("Attributes:")
+    definition["description"] = _in_json(summary)
+    for name, words in re.findall(r"^ +(\w+): ((?:.|\n {12})+)", attributes, re.MULTILINE):
+        definition["properties"][name]["description"] = _in_json(words)
+
+
+def _in_json(words: str) -> str:
+    return re.sub(r"\bNone\b", "null", " ".join(words.replace("`", "").split()))

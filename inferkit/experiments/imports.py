@@ -28,7 +28,7 @@ from inferkit.experiments.file import (
     RequestEntry,
     local_path,
 )
-from inferkit.experiments.importing import aiperf, guidellm, vllm
+from inferkit.experiments.importing import aiperf, common, guidellm, vllm
 from inferkit.experiments.importing.common import UNKNOWN, inner, nanoseconds
 from inferkit.html import listed
 
@@ -39,6 +39,7 @@ _READS = (
     "profile_export.jsonl and GuideLLM's benchmarks.json (version 2)."
 )
 _INK = re.compile(r"\S")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair, as JSON may escape it
 
 
 def import_experiment(path: str | os.PathLike[str], *, benchmark: int | None = None) -> Experiment:
@@ -73,7 +74,7 @@ def import_experiment(path: str | os.PathLike[str], *, benchmark: int | None = N
     try:
         documents = _documents(source.read_bytes())
         found = _reader(documents[0])(documents, benchmark)
-        return Experiment(_completed(found, source.stem))
+        return Experiment(_completed(found, _with_text(source.stem)))
     except OSError as error:
         raise ExperimentError(f"{source} cannot be read: {error.strerror or error}.") from None
     except ExperimentError as error:
@@ -97,7 +98,18 @@ def _documents(data: bytes) -> list[Any]:
         raise ExperimentError(f"is no JSON, or was cut off ({error}). {_READS}") from None
     if not found:
         raise ExperimentError(f"is empty. {_READS}")
-    return found
+    return _with_text(found) if _HALF.search(text) else found
+
+
+def _with_text(value: Any) -> Any:
+    """A JSON value whose strings can be written: "\ufffd" for halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_with_text(one) for one in value]
+    if isinstance(value, dict):
+        return {_with_text(key): _with_text(one) for key, one in value.items()}
+    return value
 
 
 def _reader(first: Any) -> Callable[[Sequence[Any], int | None], ExperimentFile]:
@@ -129,8 +141,7 @@ def _completed(file: ExperimentFile, name: str) -> ExperimentFile:
     requests = sorted(file.requests, key=lambda one: one.arrival)
     end = nanoseconds(max((trace_of(one).end for one in requests), default=0), 1)
     unknown: dict[str, Any] = dict.fromkeys(("batching", "quantize", "format", "step"), UNKNOWN)
-    settings: dict[str, Any] = {"model": file.models[0].name, "max_batch": 0}
-    settings |= dict.fromkeys(("device", "dtype", "quantization", "batching"), UNKNOWN)
+    settings = common.settings(file.models[0].name)
     return msgspec.structs.replace(
         file,
         name=name,

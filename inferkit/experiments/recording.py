@@ -1,7 +1,8 @@
 """`record`: everything that happens to the models of this process, written down as it happens.
 
 It costs the engine nothing: whoever submits a request leaves a note, and a thread reads, four times
-a second, lists that only grow. Another hashes the models' files, while no request is on its way.
+a second, lists that only grow. Another hashes the models' files, while no request is on its way;
+digests that are remembered are there from the beginning.
 """
 
 from __future__ import annotations
@@ -22,12 +23,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from inferkit import registry
+from inferkit.engine.guesses import DRAFT
 from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import ExperimentFile, Line, ModeEntry, ModelEntry, RequestEntry
+from inferkit.experiments.file import (
+    ExperimentFile,
+    Line,
+    ModeEntry,
+    ModelEntry,
+    RanUnder,
+    RequestEntry,
+    Sampling,
+)
 from inferkit.lab import status
 from inferkit.model import Model
 from inferkit.progress import Progress
@@ -68,12 +80,13 @@ def record(
         path: The file; None for one in the working directory that is called by the name.
         redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
         overwrite: Replace a file that is there. Of a recording that was not brought to its end, the
-            journal is kept under another name, which a warning says.
+            journal is kept under another name, which a warning says; one that is under way stays.
         progress: Show a bar while the model's files are hashed, or call this with (what, done,
             total).
 
     Raises:
-        OptionError: There is a file already, no folder for it, or no name; the name is too long.
+        OptionError: There is a file already, or it is being recorded to; there is no folder for it,
+            or no name; the name is too long.
         ExperimentError: The file cannot be written.
     """
     return Recording(name, _path(name, path), redact, overwrite, progress)
@@ -111,6 +124,21 @@ class _Followed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Hook:
+    """What others call until it is taken out again."""
+
+    listeners: list[Any]
+    call: Callable[..., None]
+
+    def put_in(self) -> None:
+        self.listeners.append(self.call)
+
+    def take_out(self) -> None:
+        if self.call in self.listeners:
+            self.listeners.remove(self.call)
+
+
+@dataclass(frozen=True, slots=True)
 class _Note:
     """What whoever submitted requests has left."""
 
@@ -133,7 +161,8 @@ class Recording:
         redact: Leave out prompts and outputs.
         overwrite: Replace a file that is there.
         progress: Show a bar while files are hashed.
-        models: Whose requests to record; None for those of all that are loaded, now or meanwhile.
+        models: Whose requests to record, besides those that it is told to `follow`; None for those
+            of all that are loaded, now or meanwhile.
 
     Attributes:
         experiment: What was recorded so far.
@@ -163,7 +192,8 @@ class Recording:
         self._notes: deque[_Note] = deque()
         self._models: list[Model] = []
         self._names: dict[str, str] = {}  # in the file, by what models were loaded as
-        self._hooks: list[tuple[list[Any], Callable[..., None]]] = []
+        self._on_load = _Hook(registry.on_load, self.follow)
+        self._on_submit: dict[int, _Hook] = {}  # of the models that it follows
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
         self._ended = threading.Event()  # nothing more is recorded
@@ -207,10 +237,9 @@ class Recording:
                 self._keep_unfinished(self._path)
                 self._journal = files.Journal(self._path, self._file)
         if self._only is None:
-            registry.on_load.append(self._joined)
-            self._hooks.append((registry.on_load, self._joined))
+            self._on_load.put_in()
         for model in registry.models() if self._only is None else self._only:
-            self._joined(model)
+            self.follow(model)
         self._thread = threading.Thread(target=self._loop, name="inferkit-record", daemon=True)
         self._thread.start()
         if self._path is not None:  # that of a replay is its own affair
@@ -234,9 +263,8 @@ class Recording:
         self._ended.set()
         if self is _latest:
             status.recorded(self._file.name, running=False)
-        for listeners, hook in self._hooks:
-            if hook in listeners:
-                listeners.remove(hook)
+        for hook in (self._on_load, *self._on_submit.values()):
+            hook.take_out()
         self._thread.join()
         if self._hasher is not None:
             self._hasher.join()
@@ -250,6 +278,8 @@ class Recording:
         if self._file.duration is None:
             self._collect()
             self._file.duration = self._since(time.perf_counter_ns())
+            # Whoever submits from several threads may have been overtaken on the way.
+            self._file.requests.sort(key=lambda one: one.arrival)
             if self._live:
                 self._file.notes.append(f"{len(self._live)} requests had not ended when it did.")
         try:
@@ -260,8 +290,13 @@ class Recording:
 
     # -- hearing --------------------------------------------------------------------------------
 
-    def _joined(self, model: Model) -> None:
-        """A model is there: hear of its requests from now on."""
+    def follow(self, model: Model, name: str | None = None) -> None:
+        """Record a model's requests and changes from now on.
+
+        Args:
+            model: It may have been followed and left before: it is another model of the file then.
+            name: What the file calls it; None for what it is loaded as, without folders.
+        """
         with self._lock:
             try:
                 engine = model._engine
@@ -270,23 +305,40 @@ class Recording:
             number = len(self._models)
             self._models.append(model)
             on_their_way = len(engine.requests)
-            self._tell([files.NewModel(_model_entry(model, self._name_of(model)))])
+            name = name or self._name_of(model.name, local=model.source.kind in _LOCAL)
+            self._tell([files.NewModel(_model_entry(model, name))])
             if on_their_way:
                 self._file.notes.append(
                     f"{on_their_way} requests to {self._file.models[number].name} were on their "
                     "way when it began; they took part of the machine and are not in here."
                 )
             self._changed(number, _mode(model), time.perf_counter_ns())
-            hook = partial(self._submitted, number, model)
-            engine.on_submit.append(hook)
-            self._hooks.append((engine.on_submit, hook))
+            hook = _Hook(engine.on_submit, partial(self._submitted, number, model))
+            hook.put_in()
+            self._on_submit[number] = hook
 
-    def _name_of(self, model: Model) -> str:
+    def leave(self, model: Model) -> None:
+        """Record no more of what a model is asked, and of what it becomes."""
+        with self._lock:
+            self._collect()
+            for number in [n for n in self._on_submit if self._models[n] is model]:
+                self._on_submit.pop(number).take_out()
+
+    def _name_of(self, given: str, *, local: bool) -> str:
         """What the file calls a model: no folder, and not the name of another."""
-        name = files.public_name(model.name, local=model.source.kind in _LOCAL)
-        others = {known for given, known in self._names.items() if given != model.name}
+        name = files.public_name(given, local=local)
+        others = {known for other, known in self._names.items() if other != given}
         tries = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
-        return self._names.setdefault(model.name, next(one for one in tries if one not in others))
+        return self._names.setdefault(given, next(one for one in tries if one not in others))
+
+    def _guesser(self, speculative: str) -> str:
+        """How next tokens are guessed, with the draft model called as the file calls it."""
+        if not speculative.startswith(DRAFT):
+            return speculative
+        given = speculative.removeprefix(DRAFT)
+        kinds = {model.name: model.source.kind for model in registry.models()}
+        # Of one that is gone nobody knows whether it is called by its path.
+        return DRAFT + self._name_of(given, local=kinds.get(given, "folder") in _LOCAL)
 
     def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
@@ -310,8 +362,8 @@ class Recording:
                 followed = _Followed(request, len(self._file.requests))
                 self._tell([files.NewRequest(self._entry(note.model, mode, request))])
                 self._live.append(followed)
-        for number, model in enumerate(self._models):
-            self._changed(number, _mode(model), time.perf_counter_ns())
+        for number in self._on_submit:
+            self._changed(number, _mode(self._models[number]), time.perf_counter_ns())
         self._tell([line for followed in self._live if (line := self._news(followed))])
         self._live = [f for f in self._live if self._file.requests[f.number].finish_reason is None]
 
@@ -320,7 +372,8 @@ class Recording:
         if mode is None or (known is not None and known[1] == mode):
             return
         self._modes[number] = (len(self._file.modes), mode)
-        entry = ModeEntry(time=self._since(now), model=number, **mode)
+        told = mode | {"speculative": self._guesser(mode["speculative"])}
+        entry = ModeEntry(time=self._since(now), model=number, **told)
         self._tell([files.NewMode(entry)])
 
     def _news(self, followed: _Followed) -> files.Progress | None:
@@ -368,9 +421,7 @@ class Recording:
         return facts
 
     def _entry(self, model: int, mode: int, request: Request) -> RequestEntry:
-        params = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(request.params).items()
-        }
+        params = msgspec.convert(asdict(request.params), Sampling)
         if self._redact:
             del params["stop"]
         return RequestEntry(
@@ -388,8 +439,11 @@ class Recording:
             tokens=[],
         )
 
-    def _settings(self, model: int, request: Request) -> dict[str, Any]:
-        return asdict(request.settings) | {"model": self._file.models[model].name}
+    def _settings(self, model: int, request: Request) -> RanUnder:
+        settings = msgspec.convert(asdict(request.settings), RanUnder)
+        settings["model"] = self._file.models[model].name
+        settings["speculative"] = self._guesser(request.settings.speculative)
+        return settings
 
     def _tell(self, lines: Sequence[Line]) -> None:
         """Put lines into the file in memory, and on the disk."""
@@ -399,8 +453,7 @@ class Recording:
             return
         try:
             self._journal.add(lines)
-        except OSError as error:
-            self._journal = None
+        except OSError as error:  # it takes no more, and is not asked to
             self._cannot_write(error)
 
     # -- the end --------------------------------------------------------------------------------
@@ -410,7 +463,7 @@ class Recording:
         tried: set[int] = set()
         while not self._ended.wait(_TICK):
             for number, model in enumerate(self._models.copy()):
-                if number in tried:
+                if number in tried or self._file.models[number].files:
                     continue
                 # What goes wrong is told at the end, where it is tried again.
                 with suppress(_Ended, OSError, KeyError, InferkitError):
@@ -459,8 +512,6 @@ class Recording:
             return
         if self._journal is not None:
             self._journal.remove()
-        else:  # it could not be written on the way, and can be now
-            self._path.with_name(self._path.name + files.PARTIAL).unlink(missing_ok=True)
 
     def _keep_unfinished(self, path: Path) -> None:
         """Overwriting replaces what was finished; of what was cut off there is nothing else."""
@@ -489,10 +540,12 @@ class Recording:
 
     def _check_free(self, path: Path) -> None:
         files.check_free(path, self._overwrite)
+        with files.writing(path, ": give another path=."):
+            files.check_not_under_way(path)
         journal = path.with_name(path.name + files.PARTIAL)
         if journal.exists() and not self._overwrite:
             raise OptionError(
-                f"{journal} is a recording that was not brought to its end, or is under way. "
+                f"{journal} is a recording that was not brought to its end. "
                 f"ik.open({str(path)!r}) reads it; choose another name, or say overwrite=True."
             )
 
@@ -508,13 +561,20 @@ def _model_entry(model: Model, name: str) -> ModelEntry:
         ref=files.public_name(str(source.ref), local=source.kind in _LOCAL),
         kind=source.kind,
         revision=source.revision,
-        files={},
+        files=_known_files(model),
         devices=list(model.devices),
         dtype=model.dtype,
         prefix_reuse=identity.prefix_reuse,
         prefill_chunk=identity.prefill_chunk,
         parameters_bytes=model.plan.weights,
     )
+
+
+def _known_files(model: Model) -> dict[str, str]:
+    """The digests of a model's files, where none has to be read for them."""
+    with suppress(OSError, KeyError, InferkitError):  # it is told where they have to be
+        return model.source.known_sha256() or {}
+    return {}
 
 
 def _mode(model: Model) -> dict[str, Any] | None:

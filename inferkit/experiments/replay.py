@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -39,7 +40,6 @@ __all__ = ["Outcome", "Replay", "replay"]
 
 _PATIENCE = 600.0  # seconds to wait for the compiled step
 _TICK = 0.1
-_OWN_NAME = "replay of "  # before the name of a model that is loaded for it
 _SHOWN = 20
 
 
@@ -272,20 +272,30 @@ def replay(
     recording was idle or the mode was changed, what comes next waits until that is reached here
     too, so that a slower machine does not turn requests that followed each other into requests that
     compete; longer waits of the recording, while a person thought, are cut to ``pause``. A request
-    that was cancelled is run up to the token where it was. Where prompts were left out, random
-    tokens take their place, as many, and only times are compared.
+    that was cancelled or failed is run up to the token where it was, and not at all where it had
+    none. Where prompts were left out, random tokens take their place, as many, and only times are
+    compared.
 
     A model that is loaded from the same files is used, and has its settings back afterwards; else
-    it is loaded for the time. An interrupt ends the run and keeps what has been measured.
+    it is loaded for the time. Of several that were loaded one after the other each is loaded when
+    its first requests are next, and unloaded after its last ones, so that no more are in memory
+    than were. That happens while no request is on its way and before the next ones' clock starts:
+    however long it takes, requests have their recorded distances to those they ran beside, and
+    begin ``pause`` seconds at most after it. As in the recording, loading lies between the requests
+    before and after it, and in rates over all of them.
+
+    An interrupt ends the run and keeps what has been measured.
 
     Args:
         experiment: An experiment, or the path of one.
-        model: Where the model is, if not under the recorded reference; for several, by name.
+        model: Where the model is, if not under the recorded reference; for several, by name. One
+            path is enough where all have the same name or the same files.
         device: Where to load it, as for `inferkit.load`; None for the recorded devices where they
             are attached, else "auto".
         dtype: To run in; None for the recorded one.
         pause: Most seconds that nothing happens.
-        check_files: Refuse a model whose files have other digests than those recorded.
+        check_files: Refuse a model whose files have other digests than those recorded; False notes
+            it, and gives it as a reason where tokens differ.
         progress: Show bars, or call this with (what, done, total).
 
     Raises:
@@ -297,18 +307,8 @@ def replay(
     recorded, most = opened(experiment), checked_pause(pause)
     _check_can_run(recorded)
     run = _Run(recorded, device, dtype, most, progress)
-    used = sorted({one.model for one in recorded.file.requests})
-    with ExitStack() as stack:
-        for number in used:
-            entry = recorded.file.models[number]
-            source = _find(entry, model, len(used), check_files, progress)
-            if check_files and not entry.files:
-                run.notes.append(
-                    f"the recording has no sha256 of {entry.name}'s files: whether this is the "
-                    "same model was not checked"
-                )
-            run.models[number] = stack.enter_context(run.loaded(number, entry, source))
-        return run.replay()
+    run.find(model, check_files)
+    return run.replay()
 
 
 def _check_can_run(recorded: Experiment) -> None:
@@ -321,19 +321,19 @@ def _check_can_run(recorded: Experiment) -> None:
         raise ExperimentError(f"The experiment {recorded.name!r} has no requests to run again.")
 
 
-def _find(
-    entry: ModelEntry,
-    given: Any,
-    models: int,
-    check_files: bool,
-    progress: Progress,
-) -> catalog.Source:
-    """The files of a recorded model, which must be those that it had."""
-    ref = given.get(entry.name) if isinstance(given, Mapping) else given
-    if ref is not None and not isinstance(given, Mapping) and models > 1:
+def _check_one(entries: Collection[ModelEntry]) -> None:
+    """Raise OptionError unless one path can be that of all: of the same name, or the same files."""
+    first, *rest = entries
+    others = [e for e in rest if e.name != first.name and not (e.files and e.files == first.files)]
+    if others:
         raise OptionError(
-            f"The experiment has {models} models: give model={{{entry.name!r}: ..., ...}}."
+            f"The experiment has {1 + len(others)} models: give model={{{first.name!r}: ..., "
+            f"{others[0].name!r}: ...}}."
         )
+
+
+def _find(entry: ModelEntry, ref: Any, progress: Progress) -> catalog.Source:
+    """The files of a recorded model."""
     local = entry.kind in ("folder", "gguf")
     if ref is None and local:
         # The file names no folders: a loaded model of that name may be it, as its digests tell.
@@ -346,24 +346,21 @@ def _find(
             "say where it is here, as replay(..., model='path')."
         )
     revision = entry.revision if ref is None else None
-    source = catalog.resolve(entry.ref if ref is None else ref, revision, progress=progress)
-    if check_files and entry.files:
-        _check_files(entry, source.sha256(progress=progress))
-    return source
+    return catalog.resolve(entry.ref if ref is None else ref, revision, progress=progress)
 
 
-def _check_files(entry: ModelEntry, found: Mapping[str, str]) -> None:
+def _other_files(entry: ModelEntry, found: Mapping[str, str]) -> list[str]:
+    """Names of recorded files that are not there or have another sha256."""
     # What was converted may be written otherwise by another version; what it came from may not.
     kept = {n: d for n, d in entry.files.items() if n.endswith(".gguf")} or entry.files
-    other = [name for name, digest in kept.items() if found.get(name) != digest]
-    if other:
-        missing = [name for name in other if name not in found]
-        what = "are not there" if len(missing) == len(other) else "have another sha256"
-        raise ExperimentError(
-            f"This is not the model that was recorded as {entry.name!r}: {', '.join(other[:4])} "
-            f"{what}. Name the right one with model=, or run with check_files=False to compare "
-            "with another."
-        )
+    return [name for name, digest in kept.items() if found.get(name) != digest]
+
+
+def _how_they_differ(other: Sequence[str], found: Mapping[str, str]) -> str:
+    """The first of these files, and what is the matter with them."""
+    missing = [name for name in other if name not in found]
+    what = "are not there" if len(missing) == len(other) else "have another sha256"
+    return f"{', '.join(other[:4])} {what}"
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -377,19 +374,21 @@ class _Part:
         begin: Recorded ns of its first requests.
         before: What each model is to be by then.
         events: Requests that arrive together, and changes among them, in order of time.
+        models: Numbers of those that its requests run on.
         idle: Recorded ns of nothing before it.
     """
 
     begin: int
     before: list[ModeEntry] = field(default_factory=list)
     events: list[tuple[int, list[int] | ModeEntry]] = field(default_factory=list)
+    models: set[int] = field(default_factory=set)
     idle: int = 0
 
 
 def _parts(recorded: Experiment) -> list[_Part]:
     """The recording, cut where it was idle and where a mode was changed meanwhile."""
     file = recorded.file
-    used = {one.model for one in file.requests}
+    used = {one.model for one in file.requests if _runs(one)}
     arrivals = groupby(range(len(file.requests)), key=lambda i: file.requests[i].arrival)
     events: list[tuple[int, int, Any]] = [(m.time, 0, m) for m in file.modes if m.model in used]
     events += [(moment, 1, list(numbers)) for moment, numbers in arrivals]
@@ -406,9 +405,37 @@ def _parts(recorded: Experiment) -> list[_Part]:
         if idle:
             pause = moment - busy_until if parts else 0
             parts.append(_Part(moment, before=list(modes.values()), idle=pause))
+        requests = [file.requests[i] for i in event]
         parts[-1].events.append((moment, event))
-        busy_until = max(busy_until, *(_end(file.requests[i]) for i in event))
+        parts[-1].models.update(one.model for one in requests if _runs(one))
+        busy_until = max(busy_until, *map(_end, requests))
     return parts
+
+
+def _spans(parts: Sequence[_Part]) -> dict[int, range]:
+    """For each model, the parts from the first to the last that has requests for it."""
+    needed: dict[int, list[int]] = {}
+    for index, part in enumerate(parts):
+        for number in sorted(part.models):
+            needed.setdefault(number, []).append(index)
+    return {number: range(of_it[0], of_it[-1] + 1) for number, of_it in needed.items()}
+
+
+def _ended_itself(one: RequestEntry) -> bool:
+    """Whether a recorded request came to an end of its own, which is one to be reproduced."""
+    return one.finish_reason in ("stop", "length")
+
+
+def _runs(one: RequestEntry) -> bool:
+    """Whether a recorded request is run again."""
+    return _ended_itself(one) or bool(unpack(one.tokens))
+
+
+def _what_cut(one: RequestEntry) -> str:
+    """What kept a recorded request from an end of its own; "" where it has one."""
+    if one.finish_reason == "error":
+        return f"failed ({': '.join(one.error or ['without a message'])})"
+    return {"cancelled": "was cancelled", None: "had not ended"}.get(one.finish_reason, "")
 
 
 def _end(one: RequestEntry) -> int:
@@ -417,7 +444,12 @@ def _end(one: RequestEntry) -> int:
 
 
 class _Run:
-    """One replay under way."""
+    """One replay under way.
+
+    Attributes:
+        models: What was loaded for each model of the recording, by its number; some are gone.
+        notes: What is done otherwise than in the recording.
+    """
 
     def __init__(
         self, recorded: Experiment, device: Any, dtype: str | None, pause: float, progress: Progress
@@ -427,14 +459,93 @@ class _Run:
         self.notes: list[str] = []
         self._device, self._dtype = device, dtype
         self._pause, self._progress = pause, progress
+        self._parts = _parts(recorded)
+        self._spans = _spans(self._parts)
+        self._sources: dict[int, catalog.Source] = {}
+        self._other_files: dict[int, list[str]] = {}  # that are not as recorded
+        self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement] = {}
         self._failure: InferkitError | None = None
+        # Of no other model: one that stands by is no part of this, nor what is asked of it.
+        self._recording = Recording(
+            f"replay of {recorded.name}", None, redact=recorded.redacted, models=()
+        )
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    # -- models ---------------------------------------------------------------------------------
+
+    def find(self, given: Any, check_files: bool) -> None:
+        """Find the files of all models, before any is loaded.
+
+        Args:
+            given: Where they are: a path, or paths by name, or None.
+            check_files: Refuse those that are not as recorded, and do not only note it.
+        """
+        entries = {number: self.recorded.file.models[number] for number in self._spans}
+        by_name = isinstance(given, Mapping)
+        if given is not None and not by_name and entries:
+            _check_one(entries.values())
+        for number, entry in entries.items():
+            ref = given.get(entry.name) if by_name else given
+            source = self._sources[number] = _find(entry, ref, self._progress)
+            if entry.files:
+                self._check_files(number, source, check_files)
+            elif check_files:
+                self._note(
+                    f"the recording has no sha256 of {entry.name}'s files: whether this is the "
+                    "same model was not checked"
+                )
+
+    def _check_files(self, number: int, source: catalog.Source, refuse: bool) -> None:
+        entry, found = self.recorded.file.models[number], source.sha256(progress=self._progress)
+        other = self._other_files[number] = _other_files(entry, found)
+        if not other:
+            return
+        said = _how_they_differ(other, found)
+        if refuse:
+            raise ExperimentError(
+                f"This is not the model that was recorded as {entry.name!r}: {said}. Name the "
+                "right one with model=, or run with check_files=False to compare with another."
+            )
+        self._note(f"{entry.name} ran with other files than were recorded: {said}")
+
+    def _prepare(self, index: int) -> None:
+        """Have the models there that a part needs, as they were at its beginning."""
+        before = {mode.model: mode for mode in self._parts[index].before}
+        for number, span in self._spans.items():
+            if index == span.start:
+                first = next(m for m in self.recorded.file.modes if m.model == number)
+                with ExitStack() as stack:
+                    self.models[number] = stack.enter_context(
+                        self._loaded(number, before.get(number, first))
+                    )
+                    self._there[number] = stack.pop_all()
+        for number, mode in before.items():
+            if number in self._there:
+                self._become(mode)
+
+    def _follow(self, index: int) -> None:
+        """Record those that have joined for a part."""
+        for number, span in self._spans.items():
+            if index == span.start:
+                name = self.recorded.file.models[number].name
+                self._recording.follow(self.models[number], name)
+
+    def _let_go(self, numbers: Sequence[int]) -> None:
+        """Part with models, which no later request needs."""
+        for number in numbers:
+            self._recording.leave(self.models[number])
+            self._there.pop(number).close()
 
     @contextmanager
-    def loaded(self, number: int, entry: ModelEntry, source: catalog.Source) -> Iterator[Model]:
-        """The model: as it is loaded already, or for the time of the replay."""
-        taken = {id(m) for m in self.models.values()}
+    def _loaded(self, number: int, mode: ModeEntry) -> Iterator[Model]:
+        """The model: as it is loaded already, or for the time that it is needed."""
+        entry, source = self.recorded.file.models[number], self._sources[number]
+        taken = {id(self.models[other]) for other in self._there}
         fit = [
             m
             for m in registry.models()
@@ -442,11 +553,11 @@ class _Run:
         ]
         mine = max(fit, key=lambda m: m.name == entry.name, default=None)
         if mine is not None and self._device is None:
-            self.notes.append(f"{entry.name} ran on the model that was loaded already")
+            self._note(f"{entry.name} ran on the model that was loaded already")
             with _as_it_was(mine, self._progress):
+                mine._parts.forget_prefixes()
                 yield mine
             return
-        mode = next(m for m in self.recorded.file.modes if m.model == number)
         device = self._device or self._attached(entry)
         model = registry.load(
             source.gguf or (source.ref if source.kind in ("demo", "hub") else source.path),
@@ -459,7 +570,7 @@ class _Run:
             max_batch=mode.max_batch,
             context=mode.context,
             revision=source.revision,
-            name=f"{_OWN_NAME}{entry.name}",
+            name=_own_name(entry),
             prefix_reuse=entry.prefix_reuse,
             prefill_chunk=entry.prefill_chunk or PREFILL_CHUNK,
             compile=False,
@@ -475,67 +586,61 @@ class _Run:
         there = {*attached_names(), "disk"}
         if entry.devices and there.issuperset(entry.devices):
             return entry.devices
-        self.notes.append(
+        self._note(
             f"{entry.name} was recorded on {', '.join(entry.devices)}, which is not attached here"
         )
         return "auto"
 
+    # -- requests -------------------------------------------------------------------------------
+
     def replay(self) -> Replay:
         """Run all parts, one after the other."""
-        # Of no other model: one that stands by is no part of this, nor what is asked of it.
-        recording = Recording(
-            f"replay of {self.recorded.name}", None, models=list(self.models.values())
-        )
-        self._here = recording.experiment.environment
-        parts = _parts(self.recorded)
-        interrupted = False
-        for model in self.models.values():
-            model._parts.forget_prefixes()
-        for mode in parts[0].before:
-            self._become(mode)  # before the clock runs
-        measured = recording.start()
+        measured, interrupted = self._recording.experiment, False
+        if self.recorded.redacted:
+            self._note("prompts are random tokens of the recorded lengths")
         try:
-            with bar(self._progress, "Replaying", len(self._to_run), unit="requests") as shown:
-                for number, part in enumerate(parts):
-                    self._part(part, shown, first=number == 0)
+            with bar(self._progress, "Replaying", self._to_run, unit="requests") as shown:
+                for index, part in enumerate(self._parts):
+                    self._prepare(index)
+                    if index == 0:
+                        self._recording.start()
+                    else:
+                        _sleep(min(part.idle * NS, self._pause))
+                    self._follow(index)
+                    self._part(part, shown)
+                    self._let_go([n for n, span in self._spans.items() if span[-1] == index])
         except KeyboardInterrupt:
+            if not self._requests:
+                raise
             interrupted = True
-            self.notes.append("it was interrupted: what follows was not run")
+            self._note("it was interrupted: what follows was not run")
         finally:
             for request in self._requests.values():
                 request.cancel()
             for request in self._requests.values():
                 request.result()
-            recording.stop()
-        for entry in measured.file.models:  # here under a name of its own, beside what is loaded
-            entry.name = entry.name.removeprefix(_OWN_NAME)
+            self._let_go(list(self._there))
+            self._recording.stop()
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
             outcomes = [_unfinished(o) for o in outcomes]
+        measured.file.notes += self.notes  # for whoever sees it without the recording
         return Replay(self.recorded, measured, outcomes, self.notes)
 
     @property
-    def _to_run(self) -> list[int]:
-        return [i for i in range(len(self.recorded.file.requests)) if self._runs(i)]
+    def _to_run(self) -> int:
+        return sum(map(_runs, self.recorded.file.requests))
 
-    def _runs(self, number: int) -> bool:
-        one = self.recorded.file.requests[number]
-        return one.finish_reason in ("stop", "length", "error") or bool(unpack(one.tokens))
-
-    def _part(self, part: _Part, shown: Any, *, first: bool) -> None:
-        if not first:
-            for mode in part.before:
-                self._become(mode)
-            _sleep(min(part.idle * NS, self._pause))
+    def _part(self, part: _Part, shown: Any) -> None:
         began = time.perf_counter_ns()
         mine: list[int] = []
         changes: list[threading.Thread] = []
         for moment, event in part.events:
             _sleep((moment - part.begin) * NS - (time.perf_counter_ns() - began) * NS)
-            if isinstance(event, ModeEntry):
-                changes.append(self._change_meanwhile(event))
-            else:
+            if not isinstance(event, ModeEntry):
                 mine += self._submit(event)
+            elif event.model in self._there:
+                changes.append(self._change_meanwhile(event))
         for number in mine:
             while not self._requests[number].done:
                 time.sleep(_TICK / 10)
@@ -548,7 +653,7 @@ class _Run:
 
     def _submit(self, numbers: Sequence[int]) -> list[int]:
         arrival = time.perf_counter_ns()
-        runs = [i for i in numbers if self._runs(i)]
+        runs = [i for i in numbers if _runs(self.recorded.file.requests[i])]
         for model in dict.fromkeys(self.recorded.file.requests[i].model for i in runs):
             of_it = [i for i in runs if self.recorded.file.requests[i].model == model]
             handle = self.models[model]
@@ -562,7 +667,7 @@ class _Run:
         params = generation_of(one).params
         prompt, count = unpack(one.prompt_token_ids), len(unpack(one.tokens))
         params = replace(params, seed=one.seed)
-        if one.finish_reason not in ("stop", "length", "error") or self.recorded.redacted:
+        if not _ended_itself(one) or self.recorded.redacted:
             params = replace(params, max_tokens=max(1, count))
         if self.recorded.redacted:
             params = replace(params, ignore_eos=True, stop_token_ids=())
@@ -602,9 +707,8 @@ class _Run:
         """How next tokens are guessed here: a draft model is not loaded, for no token needs it."""
         if not mode.speculative.startswith(DRAFT):
             return mode.speculative
-        note = f"next tokens were guessed by {mode.speculative.removeprefix(DRAFT)!r}, not so here"
-        if note not in self.notes:
-            self.notes.append(note)
+        draft = mode.speculative.removeprefix(DRAFT)
+        self._note(f"next tokens were guessed by {draft!r}, not so here")
         return "off"
 
     def _compile(self, model: Model, wanted: bool) -> None:
@@ -612,9 +716,7 @@ class _Run:
         model.configure(compile="auto" if wanted else False)
         if wanted and not model.compilation.wait(_PATIENCE):
             reason = model.compilation.reason or "it took too long"
-            note = f"the decode step was compiled in the recording and is not here: {reason}"
-            if note not in self.notes:
-                self.notes.append(note)
+            self._note(f"the decode step was compiled in the recording and is not here: {reason}")
 
     def _change_meanwhile(self, mode: ModeEntry) -> threading.Thread:
         """Change the mode while requests run, as it was done: it may wait for them."""
@@ -662,21 +764,21 @@ class _Run:
         recorded = generation_of(one, self.recorded.origin)
         request = self._requests.get(number)
         if request is None:
-            reason = "it was cancelled before its first token"
+            reason = f"it {_what_cut(one)} before its first token"
             return Outcome(number, recorded, None, None, None, "not run", reason)
         got = request.result()
         if self.recorded.redacted:
             reason = "outputs were left out of the recording"
             return Outcome(number, recorded, got, None, None, "not compared", reason)
         at = _where_they_part(got, recorded)
-        if at is None and got.finish_reason == "error" and one.finish_reason != "error":
+        if got.finish_reason == "error" and at in (None, len(got.token_ids)):
             return Outcome(
                 number, recorded, got, len(got.token_ids), None, "differs", str(got.error)
             )
         if at is None:
             other = _other_end(one, recorded, got)
-            kind = "differs" if other else "equal"
-            return Outcome(number, recorded, got, None, None, kind, other)
+            kind, reason = ("differs", other) if other else ("equal", _up_to(one))
+            return Outcome(number, recorded, got, None, None, kind, reason)
         judged = self._judged.get(number)
         kind, reason = self._why(one, got, judged)
         gap = None if judged is None else judged.gap
@@ -698,7 +800,7 @@ class _Run:
     def _what_differs(self, one: RequestEntry) -> list[str]:
         """Of where and how it ran, what is not as in the recording."""
         model = self.models[one.model]
-        then, now = self.recorded.environment, self._here
+        then, now = self.recorded.environment, self._recording.experiment.environment
         entry = self.recorded.file.models[one.model]
         pairs = {
             "dtype": (entry.dtype, model.dtype),
@@ -711,7 +813,17 @@ class _Run:
                 for name in ("torch", "transformers", "bitsandbytes", "jupyter-inferkit")
             },
         }
-        return [name for name, (a, b) in pairs.items() if a != b]
+        return [
+            *_kinds_of_files(self._other_files.get(one.model, ())),
+            *(name for name, (a, b) in pairs.items() if a != b),
+        ]
+
+
+def _kinds_of_files(names: Sequence[str]) -> list[str]:
+    """What files of a model are, in the words of a reason."""
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
+    found = {"weights": weights, "files beside the weights": len(weights) < len(names)}
+    return [kind for kind, there in found.items() if there]
 
 
 def _accelerators(then: Any, now: Any) -> tuple[list[str], list[str]]:
@@ -727,6 +839,14 @@ def _is(model: Model, source: catalog.Source, entry: ModelEntry, dtype: str | No
         and list(model.devices) == entry.devices
         and model._parts.identity.prefix_reuse == entry.prefix_reuse
     )
+
+
+def _own_name(entry: ModelEntry) -> str:
+    """What to load a model as for the time, beside whatever else is loaded."""
+    taken = {model.name for model in registry.models()}
+    name = f"replay of {entry.name}"
+    tries = (name if number == 1 else f"{name} ({number})" for number in itertools.count(1))
+    return next(one for one in tries if one not in taken)
 
 
 @contextmanager
@@ -755,11 +875,17 @@ def _where_they_part(got: Generation, recorded: Generation) -> int | None:
 
 def _other_end(one: RequestEntry, recorded: Generation, got: Generation) -> str:
     """How the same tokens end otherwise here; "" where they do not."""
-    if one.finish_reason not in ("stop", "length"):
-        return ""  # it was run up to where it was cancelled or failed
+    if not _ended_itself(one):
+        return ""
     if got.finish_reason != recorded.finish_reason:
         return f"the same tokens, ended by {got.finish_reason!r}, not {recorded.finish_reason!r}"
     return "" if got.text == recorded.text else "the same tokens, but another text"
+
+
+def _up_to(one: RequestEntry) -> str:
+    """Up to where the tokens were the same, where the recorded request has no end of its own."""
+    cut = _what_cut(one)
+    return f"up to where it {cut}, after {len(unpack(one.tokens))} tokens" if cut else ""
 
 
 def _unfinished(outcome: Outcome) -> Outcome:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from inferkit.engine import Request
 from inferkit.engine.engine import StepRecord
-from inferkit.errors import OptionError
+from inferkit.errors import ExperimentError, OptionError
 from inferkit.experiments.experiment import (
     Experiment,
     checked_pause,
@@ -29,7 +29,7 @@ from inferkit.experiments.experiment import (
     opened,
     trace_of,
 )
-from inferkit.experiments.file import ModeEntry, RequestEntry, unpack
+from inferkit.experiments.file import ExperimentFile, ModeEntry, RequestEntry, unpack
 from inferkit.generation import Generation, Generations
 from inferkit.model import Model
 from inferkit.notebook.display import show
@@ -40,6 +40,7 @@ from inferkit.trace import NS
 __all__ = ["Playback", "play"]
 
 _STEPS = 4096
+_LONGEST = 1e9  # seconds of a pause; as good as none that is cut
 
 
 def play(experiment: Experiment | str | os.PathLike[str], *, pause: float = 1.0) -> Playback:
@@ -71,7 +72,7 @@ class Playback(LivePlot):
         super().__init__(**traits)
         self.experiment = experiment
         self._origin = experiment.origin
-        self._stage = _Stage(experiment, most)
+        self._stage = _Stage(experiment, most, self._failed)
         self._feed.attach(cast(Model, self._stage))
 
     def _ipython_display_(self, **options: Any) -> None:
@@ -91,7 +92,11 @@ class Playback(LivePlot):
         return Generations(replace(gen, origin=self._origin) for gen in super().generations)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end; return whether it has come. An interrupt ends the wait, no more."""
+        """Wait for the end; return whether it has come. An interrupt ends the wait, no more.
+
+        Raises:
+            ExperimentError: It came to no end: what was recorded cannot be played.
+        """
         return self._stage.wait(timeout)
 
     def stop(self) -> None:
@@ -128,15 +133,19 @@ class _Told:
 class _Stage:
     """Stands where a model and its engine do, as far as a `Feed` looks at them."""
 
-    def __init__(self, experiment: Experiment, pause: float) -> None:
+    def __init__(
+        self, experiment: Experiment, pause: float, failed: Callable[[BaseException], None]
+    ) -> None:
         self.on_submit: list[Callable[[Sequence[Request]], None]] = []
         self.kv_capacity = 0
         self.requests: list[Request] = []
         self.running = self.waiting = 0
-        self._file = experiment.file
+        self._name, self._file = experiment.name, experiment.file
         self._shorter = _Shortened(experiment, pause)
         self._steps: deque[StepRecord] = deque(maxlen=_STEPS)
         self._live: dict[int, Request] = {}
+        self._failed = failed
+        self._failure: Exception | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._base = 0
@@ -171,6 +180,7 @@ class _Stage:
         if self._thread is not None and self._thread.is_alive():
             return
         self._ended.clear()
+        self._failure = None
         self._thread = threading.Thread(target=self._play, name="inferkit-playback", daemon=True)
         self._thread.start()
 
@@ -181,6 +191,11 @@ class _Stage:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             self._thread.join(0.1)
+        if self._failure is not None:
+            raise ExperimentError(
+                f"The experiment {self._name!r} cannot be played: {type(self._failure).__name__}: "
+                f"{self._failure}"
+            ) from self._failure
         return self._thread is not None
 
     def stop(self) -> None:
@@ -197,6 +212,9 @@ class _Stage:
                 if self._ended.wait(max(0.0, (moment - time.perf_counter_ns()) * NS)):
                     break
                 event(moment)
+        except Exception as error:  # told, for nobody reads the log of a thread
+            self._failure = error
+            self._failed(error)
         finally:
             for request in list(self._live.values()):
                 request.finish("cancelled")
@@ -289,17 +307,25 @@ class _Stage:
         self.waiting = len(self.requests) - self.running
 
 
+def _spans(file: ExperimentFile) -> Iterator[tuple[int, int]]:
+    """When something happens, from and to: a request, or a change of mode."""
+    for mode in file.modes:
+        yield mode.time, mode.time
+    for one in file.requests:
+        yield one.arrival, max([one.finished or one.arrival, *unpack(one.tokens)[-1:]])
+
+
 class _Shortened:
     """Recorded moments, with the long waits cut."""
 
     def __init__(self, experiment: Experiment, pause: float) -> None:
         self._cuts: list[tuple[int, int]] = []
-        gone, busy_until, most = 0, 0, round(pause / NS)
-        for one in experiment.file.requests:
-            if one.arrival - busy_until > most:
-                gone += one.arrival - busy_until - most
-                self._cuts.append((one.arrival, gone))
-            busy_until = max(busy_until, one.finished or one.arrival, *unpack(one.tokens)[-1:])
+        gone, busy_until, most = 0, 0, round(min(pause, _LONGEST) / NS)
+        for begins, ends in sorted(_spans(experiment.file)):
+            if begins - busy_until > most:
+                gone += begins - busy_until - most
+                self._cuts.append((begins, gone))
+            busy_until = max(busy_until, ends)
 
     def __call__(self, moment: int) -> int:
         gone, kept_until = 0, moment

@@ -10,9 +10,9 @@ import msgspec
 
 from inferkit.errors import ExperimentError
 from inferkit.experiments.exports import WRITER
-from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
+from inferkit.experiments.file import Count, Environment, ExperimentFile, RequestEntry
 from inferkit.experiments.importing import common
-from inferkit.experiments.importing.common import Count, nanoseconds
+from inferkit.experiments.importing.common import nanoseconds
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ def _request(record: _Record, start: int) -> RequestEntry:
         finished=metadata.request_end_ns - start,
         prompt_tokens=_count(metrics.input_sequence_length, metrics.error_isl),
         finish_reason=reason,
-        error=[error.type or "", error.message] if error and reason == "error" else None,
+        error=common.failure(error.message, error.type) if error and reason == "error" else None,
     )
 
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
-
-import msgspec
+from typing import Any, Literal, TypeVar
 
 from inferkit.errors import ExperimentError
-from inferkit.experiments.file import ModelEntry, RequestEntry, public_name
+from inferkit.experiments.environment import scrubbed
+from inferkit.experiments.file import ModelEntry, RanUnder, RequestEntry, public_name
 from inferkit.trace import NS
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=10**7)]
-"""A number of tokens; of one request, each of which gets a time."""
-
-UNKNOWN = "unknown"
+UNKNOWN: Literal["unknown"] = "unknown"
 """What stands for settings that the file does not have."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -34,6 +30,23 @@ def unnamed(model: str = "") -> list[ModelEntry]:
     """What ran, of which no file says more than what the model was called, if that."""
     name = public_name(model) or UNKNOWN
     return [ModelEntry(name=name, ref=name, kind=UNKNOWN)]
+
+
+def settings(model: str = UNKNOWN) -> RanUnder:
+    """What requests ran under, of which no file says more than the model."""
+    return RanUnder(
+        model=model,
+        device=UNKNOWN,
+        dtype=UNKNOWN,
+        quantization=UNKNOWN,
+        batching=UNKNOWN,
+        max_batch=0,
+    )
+
+
+def failure(message: str | None, kind: str | None = "GenerationError") -> list[str]:
+    """How a request failed; without the folders, users and passwords that a message may tell of."""
+    return [scrubbed(kind or ""), scrubbed(message or "")]
 
 
 def inner(value: Any, key: str) -> dict[str, Any]:
@@ -98,7 +111,7 @@ def request(
         arrival=arrival,
         params={},
         seed=0,
-        settings={},
+        settings=settings(),
         tokens=_token_times(times, tokens),
         chunks=None if one_each else times if known else [],
         finished=max((time for time in (finished, *times[-1:]) if time is not None), default=None),

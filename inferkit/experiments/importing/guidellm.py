@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from inferkit.errors import ExperimentError
-from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
+from inferkit.experiments.file import Count, Environment, ExperimentFile, RequestEntry
 from inferkit.experiments.importing import common
-from inferkit.experiments.importing.common import Count, nanoseconds
+from inferkit.experiments.importing.common import nanoseconds
 
 _ENDS = {"successful": "stop", "errored": "error", "incomplete": "cancelled"}
 
@@ -119,6 +119,6 @@ def _request(one: _Stats, reason: str, start: float, began: float) -> RequestEnt
         prompt_tokens=one.input_metrics.total_tokens or 0,
         finish_reason=reason,
         text=one.output or "",
-        error=["GenerationError", one.info.error or ""] if reason == "error" else None,
+        error=common.failure(one.info.error) if reason == "error" else None,
         cached_tokens=one.input_metrics.cached_tokens or 0,
     )

@@ -11,8 +11,8 @@ import msgspec
 
 from inferkit.errors import ExperimentError
 from inferkit.experiments.exports import VLLM_DATE, WRITER
-from inferkit.experiments.file import Environment, ExperimentFile, RequestEntry
-from inferkit.experiments.importing.common import Count, chosen, nanoseconds, request, unnamed
+from inferkit.experiments.file import Count, Environment, ExperimentFile, RequestEntry
+from inferkit.experiments.importing.common import chosen, failure, nanoseconds, request, unnamed
 
 
 class _Result(msgspec.Struct):
@@ -90,5 +90,5 @@ def _request(
         prompt_tokens=prompt_tokens,
         finish_reason="error" if failed else "stop",
         text=text or "",
-        error=["GenerationError", error or "It failed without a message."] if failed else None,
+        error=failure(error or "It failed without a message.") if failed else None,
     )
