@@ -574,6 +574,34 @@ def test_a_replay_loads_the_model_and_unloads_it(
     assert ik.models() == []
 
 
+def test_a_change_of_mode_that_takes_longer_here_is_waited_for(
+    model: ik.Model,
+    path: Path,
+    tiny_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        ik.load(tiny_model("qwen3"), context=4096, progress=False) as other,
+        ik.record("two", path=path, progress=False) as exp,
+    ):
+        long = other.submit("Meanwhile", max_tokens=4000, ignore_eos=True)
+        model.generate(PROMPTS, **OPTIONS)
+        model.quantize("nf4", progress=False)
+        model.generate(PROMPTS, **OPTIONS)
+        long.cancel()
+        long.result()
+    model.quantize("none", progress=False)
+    change = replay._Run._change
+
+    def slowly(run: Any, mode: Any) -> None:
+        time.sleep(1)
+        change(run, mode)
+
+    monkeypatch.setattr(replay._Run, "_change", slowly)
+    found = ik.replay(exp, model={"qwen3": tiny_model("qwen3")}, progress=False)
+    assert [o.kind for o in found.outcomes[1:]] == ["equal"] * 2 * len(PROMPTS)
+
+
 def test_another_model_is_refused_unless_it_is_wanted(
     recorded: ik.Experiment, path: Path, model: ik.Model, tiny_model: Callable[[str], Path]
 ) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -634,27 +634,34 @@ class _Run:
     def _part(self, part: _Part, shown: Any) -> None:
         began = time.perf_counter_ns()
         mine: list[int] = []
-        changes: list[threading.Thread] = []
+        changes: list[tuple[int, threading.Thread]] = []
         for moment, event in part.events:
             _sleep((moment - part.begin) * NS - (time.perf_counter_ns() - began) * NS)
             if not isinstance(event, ModeEntry):
-                mine += self._submit(event)
+                mine += self._submit(event, changes)
             elif event.model in self._there:
-                changes.append(self._change_meanwhile(event))
+                changes.append((event.model, self._change_meanwhile(event)))
         for number in mine:
             while not self._requests[number].done:
                 time.sleep(_TICK / 10)
             shown.update(1)
-        for thread in changes:
+        self._await(changes)
+        self._look_at_differences(mine)
+
+    def _await(self, changes: Iterable[tuple[int, threading.Thread]]) -> None:
+        for _, thread in changes:
             thread.join()
         if self._failure is not None:
             raise self._failure
-        self._look_at_differences(mine)
 
-    def _submit(self, numbers: Sequence[int]) -> list[int]:
+    def _submit(
+        self, numbers: Sequence[int], changes: Sequence[tuple[int, threading.Thread]]
+    ) -> list[int]:
+        """Submit requests in the mode that they were recorded in, however long it takes here."""
         arrival = time.perf_counter_ns()
         runs = [i for i in numbers if _runs(self.recorded.file.requests[i])]
         for model in dict.fromkeys(self.recorded.file.requests[i].model for i in runs):
+            self._await(change for change in changes if change[0] == model)
             of_it = [i for i in runs if self.recorded.file.requests[i].model == model]
             handle = self.models[model]
             requests = [handle._request(*self._asked(i), arrival) for i in of_it]
