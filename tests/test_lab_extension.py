@@ -46,6 +46,16 @@ CELLS = (
 )
 LOAD, GENERATE, MODES, PROMPT, COMPLETE = range(len(CELLS))
 
+# Begins to load when a test has had the time to do something else.
+SLOW_LOAD = """
+import time
+import inferkit
+def slow(*args, load=inferkit.load, **options):
+    time.sleep(60)
+    return load(*args, **options)
+inferkit.load = slow
+"""
+
 NOTEBOOK = "jupyterapp.shell.currentWidget"
 KERNEL = f"{NOTEBOOK}.sessionContext.session.kernel"
 
@@ -108,6 +118,11 @@ class Sidebar:
 
     def button(self, text: str, within: Locator | None = None) -> Locator:
         return (within or self.root).locator(f"button:text-is('{text}')")
+
+    @property
+    def told(self) -> Locator:
+        """What is said of the last load."""
+        return self.root.locator(".jp-Inferkit-loader .jp-Inferkit-told")
 
     def state(self) -> schema.State:
         """What the server tells."""
@@ -389,6 +404,57 @@ def test_a_model_is_loaded_from_the_sidebar_and_its_cell_inserted(
         f"{NOTEBOOK}.content.activeCell.model.sharedModel.getSource().includes('ik.load(')"
     )
     sidebar.tab.command("notebook:delete-cell")
+    sidebar.button("Unload", sidebar.model("first.ipynb", "gemma3")).click()
+    expect(sidebar.model("first.ipynb", "gemma3")).to_have_count(0)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_restart_ends_a_load_and_leaves_the_box_free(
+    sidebar: Sidebar, demo_model_path: Path, busy: bool
+) -> None:
+    page, name = sidebar.tab.page, f"ended-{busy}.ipynb"
+    front(sidebar, sidebar.lab.write(name, "import time\ntime.sleep(600)"))
+    execute(sidebar, SLOW_LOAD)
+    if busy:
+        sidebar.tab.run(0)
+    opened: list[Any] = []
+    page.on("websocket", lambda made: opened.append(made))
+    sidebar.tab.command("inferkit:load")
+    sidebar.button("Load").click()
+    expect(sidebar.kernel(name).locator(".jp-Inferkit-work")).to_contain_text("Loading demo")
+    [click] = opened
+    front(sidebar, "first.ipynb")
+    expect(sidebar.button("Load")).to_be_enabled()  # this kernel loads nothing
+    front(sidebar, name)
+    expect(sidebar.button("Loading…")).to_be_disabled()
+    page.evaluate(f"{KERNEL}.restart()")
+    expect(sidebar.told).to_contain_text("The kernel has ended or was restarted meanwhile.")
+    wait_for(lambda: (page.wait_for_timeout(50), click.is_closed())[1])
+    sidebar.told.get_by_label("Dismiss").click()
+    sidebar.button("Load").click()
+    expect(sidebar.told).to_contain_text("Loaded 'demo'")
+    page.evaluate(f"{NOTEBOOK}.sessionContext.shutdown()")
+    page.evaluate(f"{NOTEBOOK}.dispose()")
+    expect(sidebar.kernels).to_have_count(2)
+
+
+def test_the_cell_of_a_load_goes_where_its_model_is(
+    sidebar: Sidebar, tiny_model: TinyModel
+) -> None:
+    page = sidebar.tab.page
+    sidebar.tab.command("inferkit:load")
+    sidebar.root.get_by_label("Model: demo").fill(str(tiny_model("gemma3")))
+    sidebar.button("Load").click()
+    sidebar.button("Insert cell").wait_for()
+    front(sidebar, "second.ipynb")
+    expect(sidebar.button("Insert cell")).to_have_count(0)
+    front(sidebar, "first.ipynb")
+    sidebar.button("Insert cell").click()
+    page.wait_for_function(
+        f"{NOTEBOOK}.content.activeCell.model.sharedModel.getSource().includes('ik.load(')"
+    )
+    sidebar.tab.command("notebook:delete-cell")
+    sidebar.told.get_by_label("Dismiss").click()
     sidebar.button("Unload", sidebar.model("first.ipynb", "gemma3")).click()
     expect(sidebar.model("first.ipynb", "gemma3")).to_have_count(0)
 

@@ -136,6 +136,37 @@ test('a choice is sent to the kernel, and a refusal shown', async () => {
   expect(choice?.value).toBe('none'); // as the kernel is
 });
 
+test('a load belongs to its kernel, and leaves those of other notebooks free', async () => {
+  let loaded: (answer: Answer) => void = () => undefined;
+  deeds.act.mockReturnValueOnce(
+    new Promise(resolve => {
+      loaded = resolve;
+    })
+  );
+  const both = state(kernel('a'), kernel('b'));
+  const box = (): string | null | undefined =>
+    place.querySelector('.jp-Inferkit-loader')?.textContent;
+  show(both, '', 'a');
+  act(() => {
+    button('Load').click();
+  });
+  expect(deeds.act).toHaveBeenCalledWith('a', 'load', expect.anything());
+  expect(button('Loading…').disabled).toBe(true);
+  show(both, '', 'b');
+  expect(button('Load').disabled).toBe(false);
+  await act(async () => {
+    loaded({ ...done, text: 'Loaded.', code: 'model' });
+    await Promise.resolve();
+  });
+  expect(box()).not.toContain('Loaded.');
+  show(both, '', 'a');
+  expect(box()).toContain('Loaded.');
+  act(() => {
+    button('Insert cell').click();
+  });
+  expect(deeds.insertCode).toHaveBeenCalledWith('a', 'model');
+});
+
 test('an action that fails leaves the controls as they were', async () => {
   deeds.act.mockRejectedValueOnce(new Error('The server is gone.'));
   show(state(kernel('a', model())));
