@@ -504,6 +504,50 @@ def test_the_panel_opens_in_a_tab_and_is_there_after_a_reload(sidebar: Sidebar) 
     expect(page.locator(".jp-Inferkit-tab")).to_have_count(0)
 
 
+def test_the_panel_in_a_tab_is_of_the_model_that_it_is_called_by(
+    sidebar: Sidebar, tiny_model: TinyModel
+) -> None:
+    page = sidebar.tab.page
+    front(sidebar, "second.ipynb")
+    load = f"import inferkit as ik\nik.load({str(tiny_model('gemma3'))!r}, name='other')"
+    execute(sidebar, load)
+    model, tab = sidebar.model("second.ipynb", "other"), page.locator(".jp-Inferkit-tab")
+    close = page.locator(".lm-TabBar-tab:has-text('other') .lm-TabBar-tabCloseIcon")
+    about = tab.locator(".inferkit-panel .ik-about")
+    sidebar.button("Panel", model).click()
+    expect(about).to_contain_text("other is loaded")
+    sidebar.button("Unload", model).click()
+    expect(about).to_contain_text("tiny is loaded")
+    close.click()
+    path = {"path": "second.ipynb", "model": "other"}
+    sidebar.tab.command("inferkit:panel-tab", path)
+    expect(tab).to_contain_text("No model 'other' is loaded in this kernel; these are: 'tiny'.")
+    expect(tab).not_to_contain_text("Traceback")
+    execute(sidebar, load)
+    sidebar.button("Show the panel again", tab).click()
+    expect(about).to_contain_text("other is loaded")
+    close.click()
+    expect(tab).to_have_count(0)
+    execute(sidebar, "[m.unload() for m in ik.models() if m.name == 'other']")
+    expect(model).to_have_count(0)
+
+
+def test_the_panel_that_a_models_row_inserts_is_of_that_model(
+    sidebar: Sidebar, tiny_model: TinyModel
+) -> None:
+    page = sidebar.tab.page
+    front(sidebar, "second.ipynb")
+    load = f"other = ik.load({str(tiny_model('gemma3'))!r}, name='other')"
+    execute(sidebar, f"import inferkit as ik\n{load}")
+    sidebar.button("Insert", sidebar.model("second.ipynb", "tiny")).click()
+    panel = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .inferkit-panel .ik-about")
+    expect(panel).to_contain_text("tiny is loaded")
+    page.evaluate(f"{NOTEBOOK}.content.activeCellIndex = 1")
+    sidebar.tab.command("notebook:delete-cell")
+    execute(sidebar, "other.unload()")
+    expect(sidebar.model("second.ipynb", "other")).to_have_count(0)
+
+
 def test_the_panel_opens_in_a_tab_while_a_cell_runs(sidebar: Sidebar) -> None:
     page = sidebar.tab.page
     model = sidebar.model("first.ipynb", "demo")

@@ -87,11 +87,21 @@ def _answer(action: str, arguments: dict[str, Any]) -> Answer:
 
 
 def panel(model: str) -> Panel:
-    """The panel that JupyterLab shows in a tab: the same each time it is asked for."""
-    if model not in _panels:
-        known = {m.name: m for m in loaded_models()}
-        _panels[model] = ik.Panel(known.get(model))
-    return _panels[model]
+    """The panel that JupyterLab shows in a tab: the same each time it is asked for.
+
+    Args:
+        model: The name of a loaded one; "" for whatever is loaded, now or later.
+
+    Raises:
+        ModelUnloadedError: There is none of this name.
+    """
+    named = _model(model) if model else None
+    shown = _panels.get(model)
+    if shown is None or shown._closed:
+        shown = _panels[model] = ik.Panel(named)
+    elif named is not None and shown.model is not named:
+        shown._attach(named)  # it had been unloaded, and the panel has gone on to another
+    return shown
 
 
 def _load(ref: str, **options: Any) -> Answer:

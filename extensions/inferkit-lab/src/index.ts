@@ -181,8 +181,8 @@ function activate(
         void commands.execute(commandIds.tab, { path, model });
       }
     },
-    insertPanel: kernelId => {
-      inNotebook(kernelId, panel => insert(panel, PANEL, true));
+    insertPanel: (kernelId, model) => {
+      inNotebook(kernelId, panel => insert(panel, panelOf(model), true));
     },
     insertCode: (kernelId, code) => {
       inNotebook(kernelId, panel => insert(panel, code, false));
@@ -312,7 +312,7 @@ function activate(
       let model = args['model'] as string | undefined;
       if (model === undefined) {
         await watch.refresh();
-        model = known()?.state?.models.at(-1)?.name ?? 'model';
+        model = known()?.state?.models.at(-1)?.name ?? '';
       }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));
@@ -403,6 +403,12 @@ function activate(
 }
 
 const PANEL = 'import inferkit as ik\n\nik.Panel()';
+
+/** Code that shows the panel of a model; strings of JSON are strings of Python. */
+function panelOf(model: string): string {
+  const name = JSON.stringify(model);
+  return `import inferkit as ik\n\nik.Panel({m.name: m for m in ik.models()}[${name}])`;
+}
 
 function number(
   settings: ISettingRegistry.ISettings | null,
