@@ -78,12 +78,16 @@ def _answer(action: str, arguments: dict[str, Any]) -> Answer:
         return work(**arguments)
     except KeyboardInterrupt:
         return Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt")
-    except InferkitError as error:
-        return Answer(ok=False, text=str(error), kind=type(error).__name__)
     except Exception as error:  # a person clicked, and must hear of it
-        text = f"{type(error).__name__}: {error}"
-        where = traceback.format_exc()
-        return Answer(ok=False, text=text, kind=type(error).__name__, notes=[where])
+        text, details = _why(error)
+        return Answer(ok=False, text=text, kind=type(error).__name__, details=details)
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """What an error says; and where it was raised, unless it was written for whoever reads it."""
+    if isinstance(error, InferkitError):
+        return str(error), ""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
 
 
 def panel(model: str) -> Panel:
@@ -175,10 +179,17 @@ def _share(end: bool = False) -> Answer:
     experiment = recording.stop()  # the file is whole only then
     done = "Ended the recording and saved" if running else "Saved"
     text = f"{done} {experiment.name!r} to {experiment.path}."
+    if not recording.written:
+        raise OptionError(
+            f"{experiment.name!r} is not in {experiment.path}, which could not be written or was "
+            "removed: exp.save(path) writes it, exp being what ik.record gave."
+        )
     try:
         link = ik.binder_link(experiment=experiment)
-    except OptionError as error:
-        return Answer(ok=True, text=text, notes=[f"There is no link to it: {error}"])
+    except Exception as error:  # it is saved all the same
+        why, details = _why(error)
+        notes = [f"There is no link to it: {why}"]
+        return Answer(ok=True, text=text, notes=notes, details=details)
     return Answer(ok=True, text=text, link=link.url, notes=list(link.warnings))
 
 

@@ -113,7 +113,15 @@ export function Told(props: {
       data-ok={answer.ok}
       role={answer.ok ? 'status' : 'alert'}
     >
-      <span className="jp-Inferkit-grow">{answer.text}</span>
+      <div className="jp-Inferkit-grow">
+        {answer.text}
+        {answer.details && (
+          <details>
+            <summary>Details</summary>
+            <pre className="jp-Inferkit-details">{answer.details}</pre>
+          </details>
+        )}
+      </div>
       {props.insert && (
         <button
           className="jp-Inferkit-button jp-mod-small"

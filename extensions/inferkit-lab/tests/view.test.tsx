@@ -12,7 +12,8 @@ const done: Answer = {
   kind: '',
   link: '',
   code: '',
-  notes: []
+  notes: [],
+  details: ''
 };
 
 let place: HTMLElement;
