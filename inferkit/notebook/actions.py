@@ -58,10 +58,11 @@ def do(action: str, /, **arguments: Any) -> Told:
 
     Args:
         action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
-        arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
-            keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
-            `inferkit.Model.configure`; ``cancel``: ``work``, the id of a `Work`; ``share``:
-            ``end``, whether to end a recording that runs.
+        arguments: ``model``, the name of a loaded one, for those that concern one, and for
+            ``stop``, which without it concerns all; ``load``: any keyword of `inferkit.load`;
+            ``quantize``: ``mode``; ``batching``: any keyword of `inferkit.Model.configure`;
+            ``cancel``: ``work``, the id of a `Work`; ``share``: ``end``, whether to end a
+            recording that runs.
     """
     answer = _answer(action, arguments)
     found = status.here()
@@ -141,12 +142,17 @@ def _batching(model: str, **options: Any) -> Answer:
     )
 
 
-def _stop(model: str) -> Answer:
-    requests = _model(model)._engine.requests
+def _stop(model: str | None = None) -> Answer:
+    stopped = loaded_models() if model is None else [_model(model)]
+    requests = [request for each in stopped for request in each._engine.requests]
     for request in requests:
         request.cancel()
-    count = _requests(len(requests))
-    return Answer(ok=True, text=f"Stopped {count} of {model!r}; what they have is kept.")
+    if not requests:
+        return Answer(ok=True, text="Nothing is running.")
+    whose = "" if model is None else f" of {model!r}"
+    return Answer(
+        ok=True, text=f"Stopped {_requests(len(requests))}{whose}; what they have is kept."
+    )
 
 
 def _requests(count: int) -> str:

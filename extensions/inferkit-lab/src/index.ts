@@ -21,7 +21,7 @@ import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { IStatusBar } from '@jupyterlab/statusbar';
 import type { JSONObject } from '@lumino/coreutils';
 import { act } from './actions';
-import { commandIds, inferenceIcon } from './names';
+import { commandIds, inferenceIcon, launcherIcon } from './names';
 import { promptCells } from './prompts';
 import type { Answer, Kernel } from './schema';
 import { fetchState } from './server';
@@ -337,12 +337,10 @@ function activate(
       const kernelId = current()?.kernelId;
       if (kernelId !== undefined) {
         await watch.refresh();
-        for (const { name: model } of known()?.state?.models ?? []) {
-          const answer = await perform(kernelId, 'stop', { model });
-          Notification.emit(answer.text, answer.ok ? 'success' : 'error', {
-            autoClose: 3000
-          });
-        }
+        const { text, ok } = known()
+          ? await perform(kernelId, 'stop')
+          : { text: 'Nothing is running.', ok: true };
+        Notification.emit(text, ok ? 'success' : 'error', { autoClose: 3000 });
       }
     }
   });
@@ -392,6 +390,7 @@ function activate(
   launcher?.add({
     command: commandIds.create,
     category: 'Notebook',
+    kernelIconUrl: launcherIcon, // where cards have a letter otherwise
     rank: 10,
     args: { launcher: true }
   });
