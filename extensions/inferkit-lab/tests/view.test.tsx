@@ -254,6 +254,19 @@ test('kernels out of sight, and those with a problem, are said to be', () => {
   );
 });
 
+test('among many kernels, one with a problem has nothing to unfold', () => {
+  const many = Array.from({ length: 12 }, (_, i) =>
+    kernel(`k${String(i)}`, model())
+  );
+  const bad = { ...kernel('bad'), state: null, problem: 'Upgrade it.' };
+  show(state(...many, bad), '', 'k0');
+  const row = place.querySelector('[data-kernel=bad]');
+  expect(row?.textContent).toContain('Upgrade it.');
+  expect(row?.querySelector('[aria-expanded]')).toBeNull();
+  const header = row?.querySelector('header');
+  expect(header?.title).toMatch(/^folder\/bad\.ipynb\nKernel bad, /);
+});
+
 test('memory bars tell in words whose it is', () => {
   show(state(kernel('a', model())));
   expect(
