@@ -784,6 +784,26 @@ def test_the_browsers_console_has_no_error(sidebar: Sidebar) -> None:
 # -- ends ------------------------------------------------------------------------------------------
 
 
+def test_a_kernel_that_dies_ends_a_load_without_an_error_of_the_page(sidebar: Sidebar) -> None:
+    page, name = sidebar.tab.page, "dies.ipynb"
+    front(sidebar, sidebar.lab.write(name, ""))
+    execute(sidebar, SLOW_LOAD)
+    sidebar.tab.command("inferkit:load")
+    sidebar.button("Load").click()
+    expect(sidebar.kernel(name).locator(".jp-Inferkit-work")).to_contain_text("Loading demo")
+    [pid] = [k.pid for k in sidebar.state().kernels if k.state and name in k.state.notebook]
+    os.kill(pid, signal.SIGKILL)
+    page.locator(".jp-Dialog:has-text('Kernel Restarting') button").click()
+    expect(sidebar.told).to_contain_text("The kernel has ended or was restarted meanwhile.")
+    sidebar.tab.wait_until_idle()
+    sidebar.tab.wait_until_ready()
+    # JupyterLab says more of it: what it had asked of the kernel for itself.
+    assert not [error for error in sidebar.tab.errors if "connection disconnected" in error]
+    page.evaluate(f"{NOTEBOOK}.sessionContext.shutdown()")
+    page.evaluate(f"{NOTEBOOK}.dispose()")
+    expect(sidebar.kernels).to_have_count(2)
+
+
 def test_unloading_gives_the_memory_back(sidebar: Sidebar) -> None:
     [kernel] = [k for k in sidebar.state().kernels if k.state and "first" in k.state.notebook]
     before = psutil.Process(kernel.pid).memory_info().rss
