@@ -56,6 +56,11 @@ def main(command: str = "build") -> None:
     if command not in ("build", "link", "watch", "check"):
         sys.exit(__doc__)
     if stale():
+        print(
+            "Building the JupyterLab extension: yarn fetches what that takes (some 130 MB, a few "
+            "minutes the first time), and it is compiled.",
+            flush=True,
+        )
         _jlpm("install")
         _jlpm("build:prod")
     if command == "check":

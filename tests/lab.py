@@ -195,6 +195,8 @@ class Tab:
         """Change to a theme of JupyterLab's; return when it is shown."""
         self.command("apputils:change-theme", {"theme": theme})
         self.page.wait_for_selector(f"body[data-jp-theme-name='{theme}']", state="attached")
+        # JupyterLab removes its splash a while after each change: twice, where another comes first.
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
 
     def wait_until_nothing_hangs_over(self, selector: str, holder: str = ".jp-Notebook") -> None:
         """Return when elements end where what holds them does."""

@@ -31,7 +31,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 import inferkit as ik
 from inferkit import memory, registry
 from inferkit.html import format_number
-from inferkit.notebook import assets, live, picture, recipe
+from inferkit.notebook import actions, assets, live, picture, recipe
 from inferkit.notebook import panel as panels
 from inferkit.notebook.feed import COLUMNS, Feed
 from inferkit.notebook.form import (
@@ -1855,3 +1855,28 @@ def test_a_closed_panel_can_be_shown(model: ik.Model) -> None:
     panel = Panel(model)
     panel.close()
     panel._ipython_display_()
+
+
+# -- in a tab of JupyterLab ------------------------------------------------------------------------
+
+
+def test_the_panel_of_a_tab_is_of_the_model_that_is_asked_for(folder: Path) -> None:
+    first = ik.load(folder, **OPTIONS, name="first")
+    ik.load(folder, **OPTIONS, name="second")
+    shown = actions.panel("first")
+    try:
+        assert shown.model is first
+        first.unload()
+        shown._follow()
+        assert shown.model is not None
+        assert shown.model.name == "second"
+        with pytest.raises(ik.InferkitError, match=r"No model 'first' is loaded .*: 'second'"):
+            actions.panel("first")
+        again = ik.load(folder, **OPTIONS, name="first")
+        assert actions.panel("first") is shown
+        assert shown.model is again
+    finally:
+        shown.close()
+    other = actions.panel("first")  # a closed one shows nothing
+    assert other is not shown
+    other.close()

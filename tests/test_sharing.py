@@ -228,6 +228,17 @@ def test_outside_of_a_repository_the_error_says_what_to_give() -> None:
         binder_link("owner/name")
 
 
+def test_in_a_working_directory_that_is_gone_the_error_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(OptionError, match="working directory is no longer there: give repo="):
+        binder_link()
+
+
 def test_without_git_the_error_says_so(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(OptionError, match="git is not installed"):

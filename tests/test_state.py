@@ -652,6 +652,41 @@ def test_the_experiment_is_saved_and_says_why_there_is_no_link(
     assert "There is no link to it" in answer.notes[0]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_sharing_from_a_folder_that_is_gone_says_what_is_left(
+    running: Kernel, kernel_runtime: Path, tmp_path: Path, kept: bool
+) -> None:
+    gone, file = tmp_path / "gone", tmp_path / "kept.inferkit.json"
+    gone.mkdir()
+    path = repr(str(file)) if kept else None
+    running.run(
+        f"import os, shutil\nos.chdir({str(gone)!r})\n"
+        f"with ik.record('kept', path={path}, progress=False):\n"
+        "    model.generate('Once', max_tokens=4)\n"
+        f"shutil.rmtree({str(gone)!r})"
+    )
+    try:
+        answer = running.do("share")
+    finally:
+        running.run(f"os.chdir({str(kernel_runtime)!r})")
+    assert (answer.ok, answer.details, answer.link) == (kept, "", "")
+    if kept:
+        assert answer.text == f"Saved 'kept' to {file}."
+        assert "The working directory is no longer there" in answer.notes[0]
+    else:
+        assert "'kept' is not in kept.inferkit.json" in answer.text
+
+
+def test_where_an_unexpected_error_was_raised_is_in_the_details(running: Kernel) -> None:
+    answer = running.do("load")
+    assert answer.text.startswith("TypeError: ")
+    assert "\n" not in answer.text
+    assert answer.notes == []
+    assert "Traceback (most recent call last)" in answer.details
+    refused = running.do("unload", model="other")
+    assert refused.details == ""
+
+
 def test_a_recording_that_runs_is_ended_only_if_that_was_said(running: Kernel) -> None:
     running.run("going = ik.record('going', overwrite=True, progress=False)\ngoing.start()")
     wait_for(lambda: (read().experiment, read().recording) == ("going", True))

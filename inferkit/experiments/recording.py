@@ -208,6 +208,11 @@ class Recording:
         """Whether it records."""
         return self._thread is not None and not self._ended.is_set()
 
+    @property
+    def written(self) -> bool:
+        """Whether its file is there."""
+        return self._path is not None and self._path.is_file()
+
     def __enter__(self) -> Experiment:
         return self.start()
 

@@ -385,7 +385,11 @@ class _Clone:
     @classmethod
     def here(cls) -> tuple[_Clone | None, str]:
         """The clone; or None, and the reason why there is none."""
-        found, words = _ask(["rev-parse", "--show-toplevel"], Path.cwd())
+        try:
+            folder = Path.cwd()
+        except FileNotFoundError:
+            return None, "The working directory is no longer there"
+        found, words = _ask(["rev-parse", "--show-toplevel"], folder)
         if found:
             return cls(Path(found).resolve()), ""
         reason = words.split("\n", 1)[0]

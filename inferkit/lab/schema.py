@@ -259,6 +259,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         link: An address to be opened, where the action gives one.
         code: A cell's text, where the action gives one.
         notes: What else a person should know.
+        details: For whoever looks into an error: where it was raised.
     """
 
     ok: bool
@@ -267,6 +268,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     link: str = ""
     code: str = ""
     notes: list[str] = []
+    details: str = ""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,10 +58,11 @@ def do(action: str, /, **arguments: Any) -> Told:
 
     Args:
         action: One of `inferkit.lab.status.ACTIONS`, but for "panel".
-        arguments: ``model``, the name of a loaded one, for those that concern one; ``load``: any
-            keyword of `inferkit.load`; ``quantize``: ``mode``; ``batching``: any keyword of
-            `inferkit.Model.configure`; ``cancel``: ``work``, the id of a `Work`; ``share``:
-            ``end``, whether to end a recording that runs.
+        arguments: ``model``, the name of a loaded one, for those that concern one, and for
+            ``stop``, which without it concerns all; ``load``: any keyword of `inferkit.load`;
+            ``quantize``: ``mode``; ``batching``: any keyword of `inferkit.Model.configure`;
+            ``cancel``: ``work``, the id of a `Work`; ``share``: ``end``, whether to end a
+            recording that runs.
     """
     answer = _answer(action, arguments)
     found = status.here()
@@ -78,20 +79,34 @@ def _answer(action: str, arguments: dict[str, Any]) -> Answer:
         return work(**arguments)
     except KeyboardInterrupt:
         return Answer(ok=False, text="Cancelled.", kind="KeyboardInterrupt")
-    except InferkitError as error:
-        return Answer(ok=False, text=str(error), kind=type(error).__name__)
     except Exception as error:  # a person clicked, and must hear of it
-        text = f"{type(error).__name__}: {error}"
-        where = traceback.format_exc()
-        return Answer(ok=False, text=text, kind=type(error).__name__, notes=[where])
+        text, details = _why(error)
+        return Answer(ok=False, text=text, kind=type(error).__name__, details=details)
+
+
+def _why(error: Exception) -> tuple[str, str]:
+    """What an error says; and where it was raised, unless it was written for whoever reads it."""
+    if isinstance(error, InferkitError):
+        return str(error), ""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
 
 
 def panel(model: str) -> Panel:
-    """The panel that JupyterLab shows in a tab: the same each time it is asked for."""
-    if model not in _panels:
-        known = {m.name: m for m in loaded_models()}
-        _panels[model] = ik.Panel(known.get(model))
-    return _panels[model]
+    """The panel that JupyterLab shows in a tab: the same each time it is asked for.
+
+    Args:
+        model: The name of a loaded one; "" for whatever is loaded, now or later.
+
+    Raises:
+        ModelUnloadedError: There is none of this name.
+    """
+    named = _model(model) if model else None
+    shown = _panels.get(model)
+    if shown is None or shown._closed:
+        shown = _panels[model] = ik.Panel(named)
+    elif named is not None and shown.model is not named:
+        shown._attach(named)  # it had been unloaded, and the panel has gone on to another
+    return shown
 
 
 def _load(ref: str, **options: Any) -> Answer:
@@ -127,12 +142,16 @@ def _batching(model: str, **options: Any) -> Answer:
     )
 
 
-def _stop(model: str) -> Answer:
-    requests = _model(model)._engine.requests
+def _stop(model: str | None = None) -> Answer:
+    stopped = loaded_models() if model is None else [_model(model)]
+    requests = [request for each in stopped for request in each._engine.requests]
     for request in requests:
         request.cancel()
+    if not requests:
+        return Answer(ok=True, text="Nothing is running.")
     count = counted(len(requests), "request")
-    return Answer(ok=True, text=f"Stopped {count} of {model!r}; what they have is kept.")
+    whose = "" if model is None else f" of {model!r}"
+    return Answer(ok=True, text=f"Stopped {count}{whose}; what they have is kept.")
 
 
 def _cancel(work: int) -> Answer:
@@ -161,10 +180,17 @@ def _share(end: bool = False) -> Answer:
     experiment = recording.stop()  # the file is whole only then
     done = "Ended the recording and saved" if running else "Saved"
     text = f"{done} {experiment.name!r} to {experiment.path}."
+    if not recording.written:
+        raise OptionError(
+            f"{experiment.name!r} is not in {experiment.path}, which could not be written or was "
+            "removed: exp.save(path) writes it, exp being what ik.record gave."
+        )
     try:
         link = ik.binder_link(experiment=experiment)
-    except OptionError as error:
-        return Answer(ok=True, text=text, notes=[f"There is no link to it: {error}"])
+    except Exception as error:  # it is saved all the same
+        why, details = _why(error)
+        notes = [f"There is no link to it: {why}"]
+        return Answer(ok=True, text=text, notes=notes, details=details)
     return Answer(ok=True, text=text, link=link.url, notes=list(link.warnings))
 
 

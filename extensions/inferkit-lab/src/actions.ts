@@ -9,7 +9,9 @@ import type { Answer } from './schema';
 import { messageOf } from './watch';
 
 const PATIENCE = 10_000; // milliseconds until a server is held to be gone
+const STARTING = 60_000; // until a kernel is held to be gone, which may have begun just now
 const SILENT = 'The Jupyter server does not answer.';
+const ENDED = 'The kernel has ended or was restarted meanwhile.';
 
 /**
  * Have a kernel do something: see inferkit/notebook/actions.py.
@@ -32,21 +34,39 @@ export async function act(
       return refusal('This kernel no longer runs.');
     }
     kernel = kernels.connectTo({ model, handleComms: false });
-    return await Promise.race([ask(kernel, name, given), lost(kernel)]);
+    return await Promise.race([
+      ask(kernel, name, given),
+      lost(kernel),
+      replaced(kernel)
+    ]);
   } catch (error) {
     const gone = error instanceof ServerConnection.NetworkError;
     return refusal(gone ? SILENT : messageOf(error));
   } finally {
-    kernel?.dispose();
+    if (kernel) {
+      void leave(kernel);
+    }
   }
 }
 
+/** Dispose of a connection, but not while it connects again, which JupyterLab throws an error for. */
+async function leave(kernel: Kernel.IKernelConnection): Promise<void> {
+  await new Promise(resolve => setTimeout(resolve)); // it may be about to begin
+  const settled = [status(kernel, 'connected'), status(kernel, 'disconnected')];
+  await soon(Promise.race(settled)).catch(() => undefined);
+  kernel.dispose();
+}
+
 /** What is promised, or an error where it does not come while a person would wait. */
-function soon<T>(promised: Promise<T>): Promise<T> {
+function soon<T>(
+  promised: Promise<T>,
+  patience = PATIENCE,
+  otherwise = SILENT
+): Promise<T> {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(() => {
-      reject(new Error(SILENT));
-    }, PATIENCE);
+      reject(new Error(otherwise));
+    }, patience);
     promised.then(resolve, reject).finally(() => {
       clearTimeout(timer);
     });
@@ -77,6 +97,26 @@ async function lost(kernel: Kernel.IKernelConnection): Promise<never> {
 }
 
 /**
+ * Fails when a kernel's process is another one. Of a restart that was asked for over another
+ * connection JupyterLab tells this one nothing; but each process has a session of its own.
+ */
+function replaced(kernel: Kernel.IKernelConnection): Promise<never> {
+  return new Promise((_, reject) => {
+    let session = '';
+    kernel.anyMessage.connect((_, { msg: { channel, header }, direction }) => {
+      // The server sends outputs of its own, but a status only where the kernel ends.
+      const its = channel !== 'iopub' || header.msg_type === 'status';
+      if (direction === 'recv' && its) {
+        session ||= header.session;
+        if (header.session !== session) {
+          reject(new Error(ENDED));
+        }
+      }
+    });
+  });
+}
+
+/**
  * Have work done with a subshell, which is there for that long; with null where the kernel has no
  * subshells, so that the work waits for the cell that runs.
  */
@@ -85,9 +125,10 @@ export async function onSubshell<T>(
   work: (subshell: string | null) => Promise<T>
 ): Promise<T> {
   await soon(status(kernel, 'connected'));
-  const info = await control<KernelMessage.IInfoReply>(
-    kernel,
-    'kernel_info_request'
+  const info = await soon(
+    control<KernelMessage.IInfoReply>(kernel, 'kernel_info_request'),
+    STARTING,
+    'The kernel does not answer.'
   );
   if (info.language_info.name !== 'python') {
     throw new Error('inferkit runs in Python kernels only.');
@@ -157,7 +198,7 @@ export function replyTo<T extends KernelMessage.IMessage>(future: {
   return new Promise((resolve, reject) => {
     future.onReply = resolve;
     future.done.catch(() => {
-      reject(new Error('The kernel has ended or was restarted meanwhile.'));
+      reject(new Error(ENDED));
     });
   });
 }

@@ -69,5 +69,13 @@ export function expression(
 
 /** What is said without a kernel's answer. */
 export function refusal(text: string): Answer {
-  return { ok: false, text, kind: 'Refused', link: '', code: '', notes: [] };
+  return {
+    ok: false,
+    text,
+    kind: 'Refused',
+    link: '',
+    code: '',
+    notes: [],
+    details: ''
+  };
 }

@@ -18,8 +18,8 @@ export interface Deeds {
   open(kernelId: string): void;
   /** Show the panel of a model in a tab. */
   showTab(kernelId: string, model: string): void;
-  /** Put the panel into a kernel's notebook. */
-  insertPanel(kernelId: string): void;
+  /** Put the panel of a model into its kernel's notebook. */
+  insertPanel(kernelId: string, model: string): void;
   /** Put code into a kernel's notebook. */
   insertCode(kernelId: string, code: string): void;
   /** Save the experiment of a kernel, and show the link to it. */

@@ -21,7 +21,7 @@ import { ISettingRegistry } from '@jupyterlab/settingregistry';
 import { IStatusBar } from '@jupyterlab/statusbar';
 import type { JSONObject } from '@lumino/coreutils';
 import { act } from './actions';
-import { commandIds, inferenceIcon } from './names';
+import { commandIds, inferenceIcon, launcherIcon } from './names';
 import { promptCells } from './prompts';
 import type { Answer, Kernel } from './schema';
 import { fetchState } from './server';
@@ -181,8 +181,8 @@ function activate(
         void commands.execute(commandIds.tab, { path, model });
       }
     },
-    insertPanel: kernelId => {
-      inNotebook(kernelId, panel => insert(panel, PANEL, true));
+    insertPanel: (kernelId, model) => {
+      inNotebook(kernelId, panel => insert(panel, panelOf(model), true));
     },
     insertCode: (kernelId, code) => {
       inNotebook(kernelId, panel => insert(panel, code, false));
@@ -312,7 +312,7 @@ function activate(
       let model = args['model'] as string | undefined;
       if (model === undefined) {
         await watch.refresh();
-        model = known()?.state?.models.at(-1)?.name ?? 'model';
+        model = known()?.state?.models.at(-1)?.name ?? '';
       }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));
@@ -337,12 +337,10 @@ function activate(
       const kernelId = current()?.kernelId;
       if (kernelId !== undefined) {
         await watch.refresh();
-        for (const { name: model } of known()?.state?.models ?? []) {
-          const answer = await perform(kernelId, 'stop', { model });
-          Notification.emit(answer.text, answer.ok ? 'success' : 'error', {
-            autoClose: 3000
-          });
-        }
+        const { text, ok } = known()
+          ? await perform(kernelId, 'stop')
+          : { text: 'Nothing is running.', ok: true };
+        Notification.emit(text, ok ? 'success' : 'error', { autoClose: 3000 });
       }
     }
   });
@@ -392,6 +390,7 @@ function activate(
   launcher?.add({
     command: commandIds.create,
     category: 'Notebook',
+    kernelIconUrl: launcherIcon, // where cards have a letter otherwise
     rank: 10,
     args: { launcher: true }
   });
@@ -403,6 +402,12 @@ function activate(
 }
 
 const PANEL = 'import inferkit as ik\n\nik.Panel()';
+
+/** Code that shows the panel of a model; strings of JSON are strings of Python. */
+function panelOf(model: string): string {
+  const name = JSON.stringify(model);
+  return `import inferkit as ik\n\nik.Panel({m.name: m for m in ik.models()}[${name}])`;
+}
 
 function number(
   settings: ISettingRegistry.ISettings | null,

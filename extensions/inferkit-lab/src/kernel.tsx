@@ -9,6 +9,8 @@ import type { Kernel, KernelState } from './schema';
 interface KernelProps {
   readonly kernel: Kernel;
   readonly title: string;
+  /** Of its notebook; '' where that is not known. */
+  readonly path: string;
   readonly current: boolean;
   /** Whether there are so many that all but the current one are folded up. */
   readonly many: boolean;
@@ -22,16 +24,19 @@ export function KernelView(props: KernelProps): JSX.Element {
   const { kernel, title, current, hasNotebook, color, deeds } = props;
   const { pending, answer, run, dismiss } = useAct();
   const [opened, setOpened] = useState(false);
-  const folds = props.many && !current;
-  const folded = folds && !opened;
   const state = kernel.state;
+  const folds = props.many && !current && Boolean(state?.models.length);
+  const folded = folds && !opened;
   const id = kernel.kernel_id;
   const where = kernel.here
     ? `Kernel ${id}, process ${kernel.pid}, inferkit ${kernel.inferkit}`
     : `Process ${kernel.pid}, which another Jupyter or program has started: it can be watched from here, not changed.`;
   return (
     <article className="jp-Inferkit-kernel" aria-label={title} data-kernel={id}>
-      <header className="jp-Inferkit-row" title={where}>
+      <header
+        className="jp-Inferkit-row"
+        title={props.path ? `${props.path}\n${where}` : where}
+      >
         {folds && (
           <button
             className="jp-Inferkit-fold"
@@ -45,7 +50,7 @@ export function KernelView(props: KernelProps): JSX.Element {
         <i className="jp-Inferkit-swatch" data-color={color} />
         {hasNotebook ? (
           <button
-            className="jp-Inferkit-link jp-Inferkit-cut"
+            className="jp-Inferkit-link jp-Inferkit-name"
             onClick={() => {
               deeds.open(id);
             }}
@@ -53,7 +58,7 @@ export function KernelView(props: KernelProps): JSX.Element {
             {title}
           </button>
         ) : (
-          <span className="jp-Inferkit-cut">{title}</span>
+          <span className="jp-Inferkit-name">{title}</span>
         )}
         {current && <span className="jp-Inferkit-badge">current</span>}
         {!kernel.here && <span className="jp-Inferkit-badge">elsewhere</span>}

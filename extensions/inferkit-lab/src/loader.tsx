@@ -15,7 +15,8 @@ export function Loader(props: {
   const [open, setOpen] = useState(props.first);
   const [ref, setRef] = useState('demo');
   const [mode, setMode] = useState('none');
-  const { pending, answer, run, dismiss } = useAct();
+  // Another notebook's kernel is free meanwhile, and what is said of this one is not said there.
+  const { pending, answer, run, dismiss } = useAct(current?.kernelId);
   const box = useRef<HTMLDetailsElement>(null);
   const field = useRef<HTMLInputElement>(null);
   useEffect(() => {

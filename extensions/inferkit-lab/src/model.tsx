@@ -96,10 +96,10 @@ export function ModelView(props: {
           />
           <Button
             text="Insert"
-            title="Insert the panel into the notebook"
+            title="Insert its panel into the notebook"
             disabled={!here || !props.hasNotebook}
             click={() => {
-              deeds.insertPanel(kernelId);
+              deeds.insertPanel(kernelId, model.name);
             }}
           />
           <Button

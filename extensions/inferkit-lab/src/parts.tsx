@@ -113,7 +113,15 @@ export function Told(props: {
       data-ok={answer.ok}
       role={answer.ok ? 'status' : 'alert'}
     >
-      <span className="jp-Inferkit-grow">{answer.text}</span>
+      <div className="jp-Inferkit-grow">
+        {answer.text}
+        {answer.details && (
+          <details>
+            <summary>Details</summary>
+            <pre className="jp-Inferkit-details">{answer.details}</pre>
+          </details>
+        )}
+      </div>
       {props.insert && (
         <button
           className="jp-Inferkit-button jp-mod-small"
@@ -140,33 +148,38 @@ export type Run = (
   tellSuccess?: boolean
 ) => Promise<void>;
 
-/** One action after another, and the answer of the last: what went well is seen without words. */
-export function useAct(): {
-  pending: boolean;
-  answer: Answer | null;
-  run: Run;
-  dismiss: () => void;
-} {
-  const [pending, setPending] = useState(false);
-  const [answer, setAnswer] = useState<Answer | null>(null);
+/** What became of the last action on something. */
+interface Act {
+  readonly pending: boolean;
+  readonly answer: Answer | null;
+}
+
+const NOTHING: Act = { pending: false, answer: null };
+
+/**
+ * One action after another, and the answer of the last: what went well is seen without words.
+ *
+ * @param of - What is acted on: each has an action and an answer of its own.
+ */
+export function useAct(of = ''): Act & { run: Run; dismiss: () => void } {
+  const [acts, setActs] = useState<ReadonlyMap<string, Act>>(new Map());
+  const put = (act: Act): void => {
+    setActs(others => new Map(others).set(of, act));
+  };
   const run: Run = async (work, tellSuccess = false) => {
-    setPending(true);
-    setAnswer(null);
+    put({ pending: true, answer: null });
     try {
       const found = await work();
-      setAnswer(found.ok && !tellSuccess ? null : found);
+      put({ pending: false, answer: found.ok && !tellSuccess ? null : found });
     } catch (error) {
-      setAnswer(refusal(messageOf(error)));
-    } finally {
-      setPending(false);
+      put({ pending: false, answer: refusal(messageOf(error)) });
     }
   };
   return {
-    pending,
-    answer,
+    ...(acts.get(of) ?? NOTHING),
     run,
     dismiss: () => {
-      setAnswer(null);
+      put(NOTHING);
     }
   };
 }

@@ -31,6 +31,9 @@ function highlight(model: Model): Extension {
   });
 }
 
+/** What the texts of prompts were before: a cell may be shown by several editors. */
+const formers = new WeakMap<Model, string>();
+
 const line = Decoration.line({ class: 'jp-Inferkit-magic' });
 
 /** Changes the type of an editor's text with its first line, and back. */
@@ -54,8 +57,10 @@ class PromptCell implements PluginValue {
   destroy(): void {
     const model = this._model;
     model.mimeTypeChanged.disconnect(this._check, this);
-    if (!model.isDisposed && this._former !== null) {
-      model.mimeType = this._former; // the cell's next editor begins anew
+    const former = formers.get(model);
+    if (!model.isDisposed && former !== undefined) {
+      formers.delete(model);
+      model.mimeType = former; // another editor of the cell begins anew
     }
   }
 
@@ -72,19 +77,19 @@ class PromptCell implements PluginValue {
   }
 
   private get _isPrompt(): boolean {
-    const type = this._former ?? this._model.mimeType;
+    const type = formers.get(this._model) ?? this._model.mimeType;
     const first = this._view.state.doc.line(1).text;
     return type !== PROMPT_TYPE && type.includes('python') && MAGIC.test(first);
   }
 
   private _check(): void {
     const model = this._model;
+    const former = formers.get(model);
     if (this._isPrompt && model.mimeType !== PROMPT_TYPE) {
-      this._former = model.mimeType;
+      formers.set(model, model.mimeType);
       model.mimeType = PROMPT_TYPE;
-    } else if (!this._isPrompt && this._former !== null) {
-      const former = this._former;
-      this._former = null;
+    } else if (!this._isPrompt && former !== undefined) {
+      formers.delete(model);
       if (model.mimeType === PROMPT_TYPE) {
         model.mimeType = former;
       }
@@ -93,5 +98,4 @@ class PromptCell implements PluginValue {
 
   private readonly _model: Model;
   private readonly _view: EditorView;
-  private _former: string | null = null;
 }

@@ -213,6 +213,7 @@ export interface Work {
  *     link: An address to be opened, where the action gives one.
  *     code: A cell's text, where the action gives one.
  *     notes: What else a person should know.
+ *     details: For whoever looks into an error: where it was raised.
  */
 export interface Answer {
   ok: boolean;
@@ -221,4 +222,5 @@ export interface Answer {
   link: string;
   code: string;
   notes: string[];
+  details: string;
 }

@@ -31,10 +31,10 @@ export async function share(
 async function showShared(answer: Answer): Promise<void> {
   const body = new Widget();
   body.addClass('jp-Inferkit-shared');
-  const add = (tag: string, text: string): HTMLElement => {
+  const add = (tag: string, text: string, within = body.node): HTMLElement => {
     const element = document.createElement(tag);
     element.textContent = text;
-    body.node.append(element);
+    within.append(element);
     return element;
   };
   add('p', answer.text);
@@ -47,10 +47,13 @@ async function showShared(answer: Answer): Promise<void> {
   if (answer.notes.length > 0) {
     const list = add('ul', '');
     for (const note of answer.notes) {
-      const item = document.createElement('li');
-      item.textContent = note;
-      list.append(item);
+      add('li', note, list);
     }
+  }
+  if (answer.details) {
+    const details = add('details', '');
+    add('summary', 'Details', details);
+    add('pre', answer.details, details).className = 'jp-Inferkit-details';
   }
   const buttons = [Dialog.okButton({ label: 'Close' })];
   if (answer.link) {

@@ -1,6 +1,10 @@
 import { MainAreaWidget, type ISessionContext } from '@jupyterlab/apputils';
 import type { NotebookPanel } from '@jupyterlab/notebook';
-import { OutputAreaModel, SimplifiedOutputArea } from '@jupyterlab/outputarea';
+import {
+  OutputAreaModel,
+  SimplifiedOutputArea,
+  type IOutputAreaModel
+} from '@jupyterlab/outputarea';
 import type { Kernel, KernelMessage } from '@jupyterlab/services';
 import { Widget } from '@lumino/widgets';
 import { execute, onSubshell, replyTo } from './actions';
@@ -14,7 +18,7 @@ const AGAIN = 'Show the panel again';
 export interface TabOptions {
   /** The path of the notebook whose kernel has the model. */
   readonly path: string;
-  /** The model's name. */
+  /** The model's name; '' for whatever is loaded. */
   readonly model: string;
 }
 
@@ -28,8 +32,8 @@ export class PanelTab extends MainAreaWidget {
     this.options = options;
     this.id = PanelTab.idOf(options);
     this.addClass('jp-Inferkit-tab');
-    this.title.label = options.model;
-    this.title.caption = `Inference panel of ${options.model} in ${options.path}`;
+    this.title.label = options.model || 'Inference';
+    this.title.caption = `Inference panel of ${options.model || 'the models'} in ${options.path}`;
     this.title.icon = inferenceIcon;
     this.title.closable = true;
     this.content.addClass('jp-Inferkit-tab-content');
@@ -101,7 +105,8 @@ export class PanelTab extends MainAreaWidget {
   ): Promise<void> {
     const drawn = new Promise<void>(resolve => {
       area.model.changed.connect(() => {
-        if (this._area === area && area.model.length > 0 && !area.isAttached) {
+        const found = area.model.length > 0 && !refused(area.model);
+        if (this._area === area && found && !area.isAttached) {
           this.content.node.textContent = '';
           Widget.attach(area, this.content.node);
           resolve();
@@ -122,9 +127,12 @@ export class PanelTab extends MainAreaWidget {
         allow_stdin: false
       });
       area.future = future;
-      const replied = replyTo<KernelMessage.IExecuteReplyMsg>(future);
+      const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
+      if (content.status === 'error') {
+        throw new Error(content.evalue);
+      }
       // Outputs have a channel of their own, and may come later than the reply.
-      await Promise.all([replied, Promise.race([drawn, future.done])]);
+      await Promise.race([drawn, future.done]);
     });
   }
 
@@ -173,6 +181,11 @@ export class PanelTab extends MainAreaWidget {
   private _notebook: NotebookPanel | null = null;
   private _context: ISessionContext | null = null;
   private _area: SimplifiedOutputArea | null = null;
+}
+
+/** Whether an output tells of an error: the reply does in one sentence. */
+function refused(outputs: IOutputAreaModel): boolean {
+  return outputs.get(outputs.length - 1).type === 'error';
 }
 
 /** Code that shows a model's panel, and leaves no trace in the notebook's history. */

@@ -1,4 +1,5 @@
-import { useState, type JSX } from 'react';
+import { useRef, useState, type JSX } from 'react';
+import { colorsOf } from './colors';
 import type { Current, Deeds } from './deeds';
 import { Devices } from './devices';
 import { counted } from './figures';
@@ -6,6 +7,7 @@ import { KernelView } from './kernel';
 import { Loader } from './loader';
 import { Problem } from './parts';
 import type { Kernel, State } from './schema';
+import { pathsOf, titlesOf } from './titles';
 import type { Seen } from './watch';
 
 export interface SidebarProps {
@@ -19,13 +21,13 @@ export interface SidebarProps {
 }
 
 const MANY = 8; // kernels, from which on a filter is of use
-const COLORS = 6;
 
 /** All of the sidebar. */
 export function Sidebar(props: SidebarProps): JSX.Element {
   const { seen, current, notebooks, deeds } = props;
   const [wanted, setWanted] = useState('');
   const { state, error } = seen;
+  const colors = useRef<ReadonlyMap<string, number>>(new Map());
   if (state === null) {
     return (
       <div className="jp-Inferkit">
@@ -39,7 +41,9 @@ export function Sidebar(props: SidebarProps): JSX.Element {
       </div>
     );
   }
-  const title = (kernel: Kernel): string => titleOf(kernel, notebooks);
+  const paths = pathsOf(state.kernels, notebooks);
+  const titles = titlesOf(paths);
+  const title = ({ kernel_id: id }: Kernel): string => titles.get(id) ?? id;
   const kernels = [...state.kernels].sort(
     (a, b) =>
       Number(b.kernel_id === current?.kernelId) -
@@ -50,16 +54,19 @@ export function Sidebar(props: SidebarProps): JSX.Element {
   const shown = kernels.filter(kernel =>
     matches(kernel, title(kernel), wanted)
   );
-  const colors = new Map(
-    state.kernels.map((kernel, index) => [kernel.kernel_id, index % COLORS])
-  );
+  colors.current = colorsOf([...paths.keys()], colors.current);
   const mine = kernels.find(k => k.kernel_id === current?.kernelId);
   return (
     <div className="jp-Inferkit">
       {error && <Problem text={`${error} What is shown is from before.`} />}
-      <Devices state={state} colors={colors} title={title} />
+      <Devices state={state} colors={colors.current} title={title} />
       <Loader
-        current={current}
+        current={
+          current && {
+            ...current,
+            name: titles.get(current.kernelId) ?? current.name
+          }
+        }
         begun={(mine?.state?.work ?? []).length > 0}
         deeds={deeds}
         asked={props.asked}
@@ -93,10 +100,11 @@ export function Sidebar(props: SidebarProps): JSX.Element {
             key={`${kernel.kernel_id} ${String(kernel.pid)}`}
             kernel={kernel}
             title={title(kernel)}
+            path={paths.get(kernel.kernel_id) ?? ''}
             current={kernel.kernel_id === current?.kernelId}
             many={kernels.length > MANY}
             hasNotebook={notebooks.has(kernel.kernel_id)}
-            color={colors.get(kernel.kernel_id) ?? 0}
+            color={colors.current.get(kernel.kernel_id) ?? 0}
             now={state.time}
             deeds={deeds}
           />
@@ -146,14 +154,6 @@ function OutOfSight({ state }: { state: State }): JSX.Element {
       tells in the notebook.
     </p>
   );
-}
-
-function titleOf(
-  kernel: Kernel,
-  notebooks: ReadonlyMap<string, string>
-): string {
-  const path = notebooks.get(kernel.kernel_id) ?? kernel.state?.notebook ?? '';
-  return path.split('/').pop() || `kernel ${kernel.kernel_id.slice(0, 8)}`;
 }
 
 function matches(kernel: Kernel, title: string, wanted: string): boolean {

@@ -1,4 +1,9 @@
-import { ServerConnection, type Kernel } from '@jupyterlab/services';
+import {
+  ServerConnection,
+  type Kernel,
+  type KernelMessage
+} from '@jupyterlab/services';
+import { Signal } from '@lumino/signaling';
 import { afterEach, beforeEach, expect, test, vi } from 'vitest';
 import { act } from '../src/actions';
 
@@ -33,5 +38,93 @@ test('a server that is gone, or a kernel, is an answer too', async () => {
   expect((await act(ended, 'a', 'stop')).text).toBe(
     'This kernel no longer runs.'
   );
+  expect(vi.getTimerCount()).toBe(0);
+});
+
+/** A kernel that takes what it is asked, and answers nothing. */
+class Connection {
+  connectionStatus: Kernel.ConnectionStatus = 'connected';
+  readonly connectionStatusChanged = new Signal<this, string>(this);
+  readonly anyMessage = new Signal<this, Kernel.IAnyMessageArgs>(this);
+  readonly dispose = vi.fn(() => {
+    this._cancel(new Error('Canceled'));
+  });
+
+  get kernels(): Kernel.IManager {
+    return {
+      findById: () => Promise.resolve({ id: 'a' }),
+      connectTo: () => this
+    } as unknown as Kernel.IManager;
+  }
+
+  sendControlMessage(): object {
+    const done = new Promise((_, reject) => {
+      this._cancel = reject;
+    });
+    return { done };
+  }
+
+  say(channel: string, msg_type: string, session: string): void {
+    const msg = { channel, header: { msg_type, session } };
+    this.anyMessage.emit({
+      msg: msg as KernelMessage.IMessage,
+      direction: 'recv'
+    });
+  }
+
+  change(to: Kernel.ConnectionStatus): void {
+    this.connectionStatus = to;
+    this.connectionStatusChanged.emit(to);
+  }
+
+  private _cancel: (error: Error) => void = () => undefined;
+}
+
+test('a restart that another connection asked for ends the action', async () => {
+  const kernel = new Connection();
+  const ended = vi.fn();
+  void act(kernel.kernels, 'a', 'load').then(ended);
+  await vi.advanceTimersByTimeAsync(0);
+  kernel.say('control', 'kernel_info_reply', 'first');
+  kernel.say('iopub', 'status', 'first');
+  kernel.say('iopub', 'stream', 'server');
+  await vi.advanceTimersByTimeAsync(1);
+  expect(ended).not.toHaveBeenCalled();
+  kernel.say('iopub', 'status', 'second');
+  await vi.advanceTimersByTimeAsync(1);
+  expect(ended.mock.calls[0]?.[0]).toMatchObject({
+    ok: false,
+    text: 'The kernel has ended or was restarted meanwhile.'
+  });
+  expect(kernel.dispose).toHaveBeenCalled();
+  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
+  expect(vi.getTimerCount()).toBe(0);
+});
+
+test('a kernel that never answers is said to', async () => {
+  const kernel = new Connection();
+  const asked = act(kernel.kernels, 'a', 'load');
+  await vi.advanceTimersByTimeAsync(60_000);
+  expect((await asked).text).toBe('The kernel does not answer.');
+  await vi.advanceTimersByTimeAsync(1);
+  expect(kernel.dispose).toHaveBeenCalled();
+  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
+  expect(vi.getTimerCount()).toBe(0);
+});
+
+test('a connection that connects again is left when it has', async () => {
+  const kernel = new Connection();
+  const asked = act(kernel.kernels, 'a', 'load');
+  await vi.advanceTimersByTimeAsync(0);
+  kernel.say('iopub', 'status', 'first');
+  kernel.say('iopub', 'status', 'server');
+  kernel.change('connecting');
+  await asked;
+  await vi.advanceTimersByTimeAsync(1000);
+  expect(kernel.dispose).not.toHaveBeenCalled();
+  kernel.change('connected');
+  await vi.advanceTimersByTimeAsync(1);
+  expect(kernel.dispose).toHaveBeenCalled();
+  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
   expect(vi.getTimerCount()).toBe(0);
 });

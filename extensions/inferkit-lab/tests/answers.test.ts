@@ -19,7 +19,8 @@ test('the answer is that of the kernel', () => {
     kind: '',
     link: '',
     code: '',
-    notes: []
+    notes: [],
+    details: ''
   };
   const data = { 'application/json': told };
   expect(

@@ -12,7 +12,8 @@ const done: Answer = {
   kind: '',
   link: '',
   code: '',
-  notes: []
+  notes: [],
+  details: ''
 };
 
 let place: HTMLElement;
@@ -136,6 +137,37 @@ test('a choice is sent to the kernel, and a refusal shown', async () => {
   expect(choice?.value).toBe('none'); // as the kernel is
 });
 
+test('a load belongs to its kernel, and leaves those of other notebooks free', async () => {
+  let loaded: (answer: Answer) => void = () => undefined;
+  deeds.act.mockReturnValueOnce(
+    new Promise(resolve => {
+      loaded = resolve;
+    })
+  );
+  const both = state(kernel('a'), kernel('b'));
+  const box = (): string | null | undefined =>
+    place.querySelector('.jp-Inferkit-loader')?.textContent;
+  show(both, '', 'a');
+  act(() => {
+    button('Load').click();
+  });
+  expect(deeds.act).toHaveBeenCalledWith('a', 'load', expect.anything());
+  expect(button('Loading…').disabled).toBe(true);
+  show(both, '', 'b');
+  expect(button('Load').disabled).toBe(false);
+  await act(async () => {
+    loaded({ ...done, text: 'Loaded.', code: 'model' });
+    await Promise.resolve();
+  });
+  expect(box()).not.toContain('Loaded.');
+  show(both, '', 'a');
+  expect(box()).toContain('Loaded.');
+  act(() => {
+    button('Insert cell').click();
+  });
+  expect(deeds.insertCode).toHaveBeenCalledWith('a', 'model');
+});
+
 test('an action that fails leaves the controls as they were', async () => {
   deeds.act.mockRejectedValueOnce(new Error('The server is gone.'));
   show(state(kernel('a', model())));
@@ -220,6 +252,19 @@ test('kernels out of sight, and those with a problem, are said to be', () => {
   expect(place.textContent).toContain(
     '1 kernel runs on another machine and is out of sight'
   );
+});
+
+test('among many kernels, one with a problem has nothing to unfold', () => {
+  const many = Array.from({ length: 12 }, (_, i) =>
+    kernel(`k${String(i)}`, model())
+  );
+  const bad = { ...kernel('bad'), state: null, problem: 'Upgrade it.' };
+  show(state(...many, bad), '', 'k0');
+  const row = place.querySelector('[data-kernel=bad]');
+  expect(row?.textContent).toContain('Upgrade it.');
+  expect(row?.querySelector('[aria-expanded]')).toBeNull();
+  const header = row?.querySelector('header');
+  expect(header?.title).toMatch(/^folder\/bad\.ipynb\nKernel bad, /);
 });
 
 test('memory bars tell in words whose it is', () => {
