@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -299,10 +300,12 @@ def checked_context(config: Any, context: int | None) -> int:
 
 
 def check_whole(name: str, value: Any, least: int = 1, why: str = "") -> None:
-    """Raise OptionError unless an option is a whole number that is large enough."""
+    """Raise OptionError unless an option is a whole number that is large enough and not absurd."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         reason = f": {why}" if why else ""
         raise OptionError(f"{name}={value!r} must be a whole number of at least {least}{reason}.")
+    if value > sys.maxsize:
+        raise OptionError(f"{name}={value!r} is more than any machine holds.")
 
 
 def check_known(unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:

@@ -646,6 +646,8 @@ def test_planning_leaves_the_config_as_it_was():
         ({"context": 1}, r"context=1 .*at least 2: a prompt token and a token that follows"),
         ({"context": 1.5}, r"context=1.5"),
         ({"max_batch": 0}, r"max_batch=0"),
+        ({"max_batch": 10**400}, "more than any machine holds"),
+        ({"context": 10**400}, "more than any machine holds"),
         ({"max_batch": True}, r"max_batch=True"),
         ({"prefill_chunk": -1}, r"prefill_chunk=-1"),
     ],

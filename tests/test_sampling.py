@@ -203,6 +203,12 @@ def test_the_numbers_of_different_seeds_are_even_and_independent():
     assert sum((counts[i, j] - expected) ** 2 / expected for i in range(8) for j in range(8)) < 104
 
 
+def test_a_seed_may_be_larger_than_any_float():
+    rows = [RowSampler(SamplingParams(seed=10**400 + extra), [1]) for extra in (0, 0, 1)]
+    first, same, other = (row.uniform() for row in rows)
+    assert first == same != other
+
+
 def test_no_seed_draws_one_that_is_told():
     first, second = (RowSampler(SamplingParams(seed=None), [1]) for _ in range(2))
     assert first.seed != second.seed
@@ -415,6 +421,7 @@ def test_the_context_ends_a_generation_that_would_outgrow_it(model):
         ({"temperature": -0.1}, r"temperature=-0.1 .* at least 0"),
         ({"temperature": math.nan}, "not a number"),
         ({"temperature": math.inf}, "must be finite"),
+        ({"temperature": 10**400}, "too large|out of range"),
         ({"temperature": "hot"}, "'hot' is not a number"),
         ({"temperature": None}, "not a number"),
         ({"top_p": 1.1}, "from 0 to 1"),
