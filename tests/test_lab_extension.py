@@ -432,6 +432,7 @@ def test_a_restart_ends_a_load_and_leaves_the_box_free(
     opened: list[Any] = []
     page.on("websocket", lambda made: opened.append(made))
     sidebar.tab.command("inferkit:load")
+    sidebar.root.get_by_label("Model: demo").fill("demo")  # not what was loaded last
     sidebar.button("Load").click()
     expect(sidebar.kernel(name).locator(".jp-Inferkit-work")).to_contain_text("Loading demo")
     [click] = opened
@@ -789,6 +790,7 @@ def test_a_kernel_that_dies_ends_a_load_without_an_error_of_the_page(sidebar: Si
     front(sidebar, sidebar.lab.write(name, ""))
     execute(sidebar, SLOW_LOAD)
     sidebar.tab.command("inferkit:load")
+    sidebar.root.get_by_label("Model: demo").fill("demo")  # not what was loaded last
     sidebar.button("Load").click()
     expect(sidebar.kernel(name).locator(".jp-Inferkit-work")).to_contain_text("Loading demo")
     [pid] = [k.pid for k in sidebar.state().kernels if k.state and name in k.state.notebook]
