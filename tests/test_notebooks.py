@@ -280,7 +280,8 @@ def test_the_example_in_the_readme_runs(demo_model_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     few = f"ik.fidelity(model, text={FEW_WORDS!r}, max_tokens=4)"
-    example = smaller(example, {"max_tokens=64": "max_tokens=8", "ik.fidelity(model)": few})
+    parts = {"max_tokens=64": "max_tokens=8", "ik.fidelity(model)": few, '"nf4"': '"int4wo"'}
+    example = smaller(example, parts)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", example],
         env=os.environ | {"INFERKIT_DTYPE": "bfloat16"},
