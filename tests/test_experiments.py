@@ -23,6 +23,7 @@ import pytest
 
 import inferkit as ik
 from inferkit import conversions
+from inferkit.engine.request import Request
 from inferkit.experiments import file as files
 from inferkit.experiments import recording, replay, rounding
 from inferkit.experiments.environment import environment, scrubbed
@@ -231,6 +232,45 @@ def test_remembered_digests_are_in_the_journal_from_the_beginning(
     recorder.start()
     assert ik.open(path).file.models[0].files == digests
     recorder.stop()
+
+
+def test_a_model_that_joins_is_hashed_too(
+    model: ik.Model,
+    path: Path,
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slowly(of: ik.Model) -> dict[str, str]:
+        time.sleep(0.6)  # longer than a tick
+        return {}
+
+    monkeypatch.setattr(conversions, "sha256_notes", lambda: tmp_path / "notes")
+    monkeypatch.setattr(recording, "_known_files", slowly)
+    recorder = ik.record("joined", path=path, progress=False)
+    exp = recorder.start()
+    with ik.load(tiny_model("qwen3"), progress=False):
+        deadline = time.monotonic() + 20
+        while not all(entry.files for entry in exp.file.models):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    recorder.stop()
+
+
+def test_no_piece_of_text_is_lost_on_the_way(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = Request._publish
+
+    def slowly(request: Request) -> None:
+        time.sleep(0.02)  # the file is written meanwhile
+        publish(request)
+
+    monkeypatch.setattr(Request, "_publish", slowly)
+    monkeypatch.setattr(recording, "_TICK", 0.01)
+    with ik.record("slow", path=path, progress=False):
+        gen = model.generate(PROMPTS[0], max_tokens=60, ignore_eos=True)
+    assert ik.open(path).generations[0].text == gen.text
 
 
 def test_digests_are_known_before_the_end_and_read_while_nothing_runs(
@@ -574,23 +614,26 @@ def test_a_replay_loads_the_model_and_unloads_it(
     assert ik.models() == []
 
 
-def test_a_change_of_mode_that_takes_longer_here_is_waited_for(
-    model: ik.Model,
-    path: Path,
-    tiny_model: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with (
-        ik.load(tiny_model("qwen3"), context=4096, progress=False) as other,
-        ik.record("two", path=path, progress=False) as exp,
-    ):
-        long = other.submit("Meanwhile", max_tokens=4000, ignore_eos=True)
-        model.generate(PROMPTS, **OPTIONS)
-        model.quantize("nf4", progress=False)
-        model.generate(PROMPTS, **OPTIONS)
-        long.cancel()
-        long.result()
-    model.quantize("none", progress=False)
+@pytest.fixture
+def overlapping(
+    model: ik.Model, path: Path, tiny_model: Callable[[str], Path]
+) -> Iterator[ik.Experiment]:
+    """A model becomes nf4 between requests, while another one generates."""
+    with ik.load(tiny_model("qwen3"), context=4096, progress=False) as other:
+        with ik.record("two", path=path, progress=False) as exp:
+            long = other.submit("Meanwhile", max_tokens=4000, ignore_eos=True)
+            model.generate(PROMPTS, **OPTIONS)
+            model.quantize("nf4", progress=False)
+            model.generate(PROMPTS, **OPTIONS)
+            long.cancel()
+            long.result()
+        model.quantize("none", progress=False)
+        yield exp
+
+
+@pytest.fixture
+def slow_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes of mode take a second longer than in the recording."""
     change = replay._Run._change
 
     def slowly(run: Any, mode: Any) -> None:
@@ -598,8 +641,32 @@ def test_a_change_of_mode_that_takes_longer_here_is_waited_for(
         change(run, mode)
 
     monkeypatch.setattr(replay._Run, "_change", slowly)
-    found = ik.replay(exp, model={"qwen3": tiny_model("qwen3")}, progress=False)
+
+
+def test_a_change_of_mode_that_takes_longer_here_is_waited_for(
+    overlapping: ik.Experiment, slow_change: None
+) -> None:
+    found = ik.replay(overlapping, progress=False)
     assert [o.kind for o in found.outcomes[1:]] == ["equal"] * 2 * len(PROMPTS)
+    # What they waited for is no time of theirs.
+    assert all(o.measured.latency.queue < 0.5 for o in found.outcomes[-len(PROMPTS) :])
+
+
+def test_an_interrupt_during_a_change_of_mode_leaves_the_models_as_they_were(
+    overlapping: ik.Experiment,
+    slow_change: None,
+    model: ik.Model,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(run: Any, models: Any) -> None:
+        if run._changes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay._Run, "_await", interrupted)
+    found = ik.replay(overlapping, progress=False)
+    assert any("interrupted" in note for note in found.notes)
+    time.sleep(2)
+    assert model.quantization == "none"
 
 
 def test_another_model_is_refused_unless_it_is_wanted(

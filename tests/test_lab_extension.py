@@ -531,6 +531,11 @@ def test_the_panel_in_a_tab_is_of_the_model_that_it_is_called_by(
     expect(about).to_contain_text("other is loaded")
     sidebar.button("Unload", model).click()
     expect(about).to_contain_text("tiny is loaded")
+    execute(sidebar, load)
+    sidebar.button("Panel", model).click()  # with its tab open
+    expect(about).to_contain_text("other is loaded")
+    sidebar.button("Unload", model).click()
+    expect(about).to_contain_text("tiny is loaded")
     close.click()
     path = {"path": "second.ipynb", "model": "other"}
     sidebar.tab.command("inferkit:panel-tab", path)

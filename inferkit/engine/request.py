@@ -268,8 +268,11 @@ class Request:
                 self._logprobs.append(sampled.logprobs)
             piece = "" if end else detokenizer.add(sampled.token_id)
             self._length += len(piece)
+            # Others read without the lock, tokens before text: a token's text is there before it.
+            if piece:
+                self._pieces.append(piece)
             self._text_ends.append(self._length)
-            self._publish(piece)
+            self._publish()
         return detokenizer.stopped_by is not None
 
     def finish(
@@ -304,7 +307,7 @@ class Request:
             )
             # The handle must not keep the tokenizer (hundreds of MB) once the model is unloaded.
             self._detokenizer = self._on_cancel = None
-            self._publish("")
+            self._publish()
             return self._generation
 
     def _flush(self) -> tuple[str, str | None, GenerationError | None]:
@@ -324,9 +327,7 @@ class Request:
         """Number of tokens so far."""
         return len(self._token_ids)
 
-    def _publish(self, piece: str) -> None:
-        if piece:
-            self._pieces.append(piece)
+    def _publish(self) -> None:
         self._changed.notify_all()
         for wake in self._listeners:
             try:

@@ -552,6 +552,8 @@ def _fault(one: RequestEntry, file: ExperimentFile) -> str:
         return f"has {len(ids)} tokens and {len(times)} times"
     if (given := len(unpack(one.prompt_token_ids))) not in (0, one.prompt_tokens):
         return f"has {given} tokens in its prompt and says {one.prompt_tokens}"
+    if one.cached_tokens > one.prompt_tokens:
+        return f"found {one.cached_tokens} tokens of its {one.prompt_tokens} in the cache"
     if ends and not (ends[0] >= 0 and ends == sorted(ends) and ends[-1] <= len(one.text)):
         return f"has tokens that end outside its text of {len(one.text)} characters"
     if one.accepted_tokens > one.draft_tokens:

@@ -308,10 +308,10 @@ class Recording:
             except InferkitError:  # it was unloaded in this moment
                 return
             number = len(self._models)
-            self._models.append(model)
             on_their_way = len(engine.requests)
             name = name or self._name_of(model.name, local=model.source.kind in _LOCAL)
             self._tell([files.NewModel(_model_entry(model, name))])
+            self._models.append(model)
             if on_their_way:
                 self._file.notes.append(
                     f"{on_their_way} requests to {self._file.models[number].name} were on their "
@@ -399,7 +399,8 @@ class Recording:
         if not self._redact:
             whole = over.text if over is not None else "".join(request.pieces_since(0))
             end = len(whole) if over is not None else (new[-1][2] if new else followed.text)
-            text, followed.text = whole[followed.text : end], end
+            text = whole[followed.text : end]
+            followed.text += len(text)
         if not (new or facts or text):
             return None
         ids, times, ends = (list(column) for column in zip(*new)) if new else ([], [], [])

@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.engine.guesses import DRAFT
-from inferkit.errors import ExperimentError, InferkitError, OptionError
+from inferkit.errors import ExperimentError, OptionError
 from inferkit.experiments.difference import FEWEST, Contrast, Difference, first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
@@ -466,7 +466,8 @@ class _Run:
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement] = {}
-        self._failure: InferkitError | None = None
+        self._failure: Exception | None = None
+        self._changes: list[tuple[int, threading.Thread]] = []  # of a model, under way or done
         # Of no other model: one that stands by is no part of this, nor what is asked of it.
         self._recording = Recording(
             f"replay of {recorded.name}", None, redact=recorded.redacted, models=()
@@ -537,9 +538,10 @@ class _Run:
 
     def _let_go(self, numbers: Sequence[int]) -> None:
         """Part with models, which no later request needs."""
-        for number in numbers:
-            self._recording.leave(self.models[number])
-            self._there.pop(number).close()
+        with ExitStack() as stack:  # all of them, whatever goes wrong with one
+            for number in numbers:
+                self._recording.leave(self.models[number])
+                stack.callback(self._there.pop(number).close)
 
     @contextmanager
     def _loaded(self, number: int, mode: ModeEntry) -> Iterator[Model]:
@@ -619,6 +621,8 @@ class _Run:
                 request.cancel()
             for request in self._requests.values():
                 request.result()
+            for _, thread in self._changes:  # or they would go on when all is as it was
+                thread.join()
             self._let_go(list(self._there))
             self._recording.stop()
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
@@ -634,34 +638,33 @@ class _Run:
     def _part(self, part: _Part, shown: Any) -> None:
         began = time.perf_counter_ns()
         mine: list[int] = []
-        changes: list[tuple[int, threading.Thread]] = []
         for moment, event in part.events:
             _sleep((moment - part.begin) * NS - (time.perf_counter_ns() - began) * NS)
             if not isinstance(event, ModeEntry):
-                mine += self._submit(event, changes)
+                due = time.perf_counter_ns()
+                self._await({self.recorded.file.requests[i].model for i in event})
+                began += time.perf_counter_ns() - due  # those that follow keep their distances
+                mine += self._submit(event)
             elif event.model in self._there:
-                changes.append((event.model, self._change_meanwhile(event)))
+                self._changes.append((event.model, self._change_meanwhile(event)))
         for number in mine:
             while not self._requests[number].done:
                 time.sleep(_TICK / 10)
             shown.update(1)
-        self._await(changes)
+        self._await(self._there)
         self._look_at_differences(mine)
 
-    def _await(self, changes: Iterable[tuple[int, threading.Thread]]) -> None:
-        for _, thread in changes:
+    def _await(self, models: Collection[int]) -> None:
+        """Let changes of these models come to their end: what follows them ran under them."""
+        for _, thread in [change for change in self._changes if change[0] in models]:
             thread.join()
         if self._failure is not None:
             raise self._failure
 
-    def _submit(
-        self, numbers: Sequence[int], changes: Sequence[tuple[int, threading.Thread]]
-    ) -> list[int]:
-        """Submit requests in the mode that they were recorded in, however long it takes here."""
+    def _submit(self, numbers: Sequence[int]) -> list[int]:
         arrival = time.perf_counter_ns()
         runs = [i for i in numbers if _runs(self.recorded.file.requests[i])]
         for model in dict.fromkeys(self.recorded.file.requests[i].model for i in runs):
-            self._await(change for change in changes if change[0] == model)
             of_it = [i for i in runs if self.recorded.file.requests[i].model == model]
             handle = self.models[model]
             requests = [handle._request(*self._asked(i), arrival) for i in of_it]
@@ -731,7 +734,7 @@ class _Run:
         def change() -> None:
             try:
                 self._change(mode)
-            except InferkitError as error:
+            except Exception as error:  # raised by who waits for it
                 self._failure = error
 
         thread = threading.Thread(target=change, name="inferkit-replay", daemon=True)

@@ -203,7 +203,10 @@ COMMANDS: Mapping[str, Command] = {
 def no_command(word: str, line: str) -> str:
     """The message for a line that begins with a bare word which is no subcommand."""
     prompt = " ".join(line.split())
-    return f'{_unknown(word)} A prompt is quoted: %infer "{prompt}"'
+    if '"' in prompt and "'" in prompt:
+        return f"{_unknown(word)} A prompt is quoted; one with quotes stands in a cell: %%infer"
+    quote = "'" if '"' in prompt else '"'
+    return f"{_unknown(word)} A prompt is quoted: %infer {quote}{prompt}{quote}"
 
 
 def _unknown(word: str) -> str:

@@ -43,10 +43,10 @@ def matcher() -> Matcher:
         fragment = _fragment(text)
         before = text[: len(text) - len(fragment)].split()
         words = _words(before, fragment, in_cell, references)
+        # Where there is nothing to offer, IPython would offer words of Python's.
+        fit = [word for word in words if word.startswith(fragment)] or [fragment or "--help"]
         return {
-            "completions": [
-                SimpleCompletion(word, type="magic") for word in words if word.startswith(fragment)
-            ],
+            "completions": [SimpleCompletion(word, type="magic") for word in fit],
             "matched_fragment": fragment,
             "suppress": True,
         }
@@ -112,7 +112,7 @@ def _values(name: str, references: _References) -> Iterable[str]:
     if name == "command":
         return COMMANDS
     if name == "model":
-        return loaded_names() or ["--help"]  # of nothing, IPython would make words of Python's
+        return loaded_names()
     return _devices() if name == "device" else VALUES.get(name, ())
 
 

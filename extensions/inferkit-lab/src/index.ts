@@ -114,6 +114,17 @@ function activate(
     return watch.seen.state?.kernels.find(kernel => kernel.kernel_id === id);
   };
 
+  /** Whether a kernel is known to have no inferkit: one out of sight may. */
+  const without = (kernelId: string): boolean => {
+    const { state, error } = watch.seen;
+    return (
+      state !== null &&
+      !error &&
+      !known() &&
+      !state.out_of_sight.includes(kernelId)
+    );
+  };
+
   const opened = async (path: string): Promise<NotebookPanel> => {
     const panel = documents.openOrReveal(path, 'Notebook') as
       NotebookPanel | undefined;
@@ -322,7 +333,9 @@ function activate(
           options,
           tracker.restored.then(() => opened(path))
         );
-      if (!former) {
+      if (former) {
+        former.again();
+      } else {
         void tabs.add(tab);
         shell.add(tab, 'main', { mode: 'split-right', activate: false });
       }
@@ -337,9 +350,10 @@ function activate(
       const kernelId = current()?.kernelId;
       if (kernelId !== undefined) {
         await watch.refresh();
-        const { text, ok } = known()
-          ? await perform(kernelId, 'stop')
-          : { text: 'Nothing is running.', ok: true };
+        // A kernel without inferkit is not asked, for it would have to import it.
+        const { text, ok } = without(kernelId)
+          ? { text: 'Nothing is running.', ok: true }
+          : await perform(kernelId, 'stop');
         Notification.emit(text, ok ? 'success' : 'error', { autoClose: 3000 });
       }
     }

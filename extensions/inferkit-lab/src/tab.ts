@@ -60,6 +60,13 @@ export class PanelTab extends MainAreaWidget {
     super.dispose();
   }
 
+  /** Show the panel anew, of the model that the tab is called by: it may have gone on to another. */
+  again(): void {
+    if (this._notebook) {
+      this._draw();
+    }
+  }
+
   private async _show(notebook: NotebookPanel): Promise<void> {
     const context = notebook.sessionContext;
     await notebook.revealed;
@@ -128,8 +135,9 @@ export class PanelTab extends MainAreaWidget {
       });
       area.future = future;
       const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
-      if (content.status === 'error') {
-        throw new Error(content.evalue);
+      if (content.status !== 'ok') {
+        const why = content.status === 'error' ? content.evalue : '';
+        throw new Error(why || 'The kernel was interrupted.');
       }
       // Outputs have a channel of their own, and may come later than the reply.
       await Promise.race([drawn, future.done]);
@@ -161,7 +169,7 @@ export class PanelTab extends MainAreaWidget {
       button.className = 'jp-Inferkit-button';
       button.textContent = again;
       button.onclick = () => {
-        this._draw();
+        this.again();
       };
       line.append(document.createElement('br'), button);
     }
