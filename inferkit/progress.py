@@ -17,6 +17,7 @@ from tqdm.std import tqdm
 
 from inferkit.bars import CellBar, drawn, in_notebook
 from inferkit.exclusive import alone
+from inferkit.html import counted
 
 __all__ = [
     "Progress",
@@ -60,7 +61,7 @@ def bar(
 def tell_of_waiting(progress: Progress, requests: int) -> None:
     """Tell a callable that work waits for that many requests."""
     if callable(progress) and requests:
-        progress(f"Waiting for {requests} request{'' if requests == 1 else 's'}", 0, None)
+        progress(f"Waiting for {counted(requests, 'request')}", 0, None)
 
 
 def stopped(error: BaseException) -> bool:

@@ -521,21 +521,27 @@ def test_folders_and_users_are_taken_out_of_messages(text: str, left: str) -> No
     assert scrubbed(text) == left
 
 
-def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
-    tiny_model: Callable[[str], Path],
-    path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def same_named(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[ik.Model, ik.Model]]:
+    """Two models from folders of one name, called by their paths in the working directory."""
     monkeypatch.chdir(tmp_path)
     for folder in ("alice/a/m", "alice/b/m"):
         shutil.copytree(tiny_model("llama"), folder)
-    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 64}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
     with (
         ik.load("alice/a/m", progress=False, **options) as a,
         ik.load("alice/b/m", progress=False, **options) as b,
-        ik.record("two", path=path, progress=False) as exp,
     ):
+        yield a, b
+
+
+def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
+    same_named: tuple[ik.Model, ik.Model], path: Path
+) -> None:
+    a, b = same_named
+    with ik.record("two", path=path, progress=False) as exp:
         assert b.name == "alice/b/m"
         for model in (a, b):
             model.generate(PROMPTS[1], **OPTIONS)
@@ -548,24 +554,13 @@ def test_models_from_folders_of_one_name_are_told_apart_without_their_folders(
 
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_draft_model_is_named_without_its_folders(
-    tiny_model: Callable[[str], Path],
-    path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    joined: bool,
+    same_named: tuple[ik.Model, ik.Model], path: Path, joined: bool
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for folder in ("alice/a/m", "alice/b/m"):
-        shutil.copytree(tiny_model("llama"), folder)
-    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 128}
-    with (
-        ik.load("alice/a/m", progress=False, **options) as a,
-        ik.load("alice/b/m", progress=False, **options) as b,
-    ):
-        a.configure(speculative=f"draft:{b.name}")
-        only = None if joined else [a]
-        with recording.Recording("draft", path, progress=False, models=only) as exp:
-            a.generate(PROMPTS[2], **OPTIONS)
+    a, b = same_named
+    a.configure(speculative=f"draft:{b.name}")
+    only = None if joined else [a]
+    with recording.Recording("draft", path, progress=False, models=only) as exp:
+        a.generate(PROMPTS[2], **OPTIONS)
     assert [mode.speculative for mode in exp.file.modes][:1] == ["draft:m-2"]
     assert exp.generations[0].settings.speculative == "draft:m-2"
     assert [entry.name for entry in exp.file.models] == ["m", "m-2"][: 1 + joined]

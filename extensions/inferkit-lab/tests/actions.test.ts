@@ -80,6 +80,13 @@ class Connection {
   private _cancel: (error: Error) => void = () => undefined;
 }
 
+/** That a connection was disposed of, and that nothing waits any more. */
+async function expectLeft(kernel: Connection): Promise<void> {
+  expect(kernel.dispose).toHaveBeenCalled();
+  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
+  expect(vi.getTimerCount()).toBe(0);
+}
+
 test('a restart that another connection asked for ends the action', async () => {
   const kernel = new Connection();
   const ended = vi.fn();
@@ -96,9 +103,7 @@ test('a restart that another connection asked for ends the action', async () => 
     ok: false,
     text: 'The kernel has ended or was restarted meanwhile.'
   });
-  expect(kernel.dispose).toHaveBeenCalled();
-  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
-  expect(vi.getTimerCount()).toBe(0);
+  await expectLeft(kernel);
 });
 
 test('a kernel that never answers is said to', async () => {
@@ -107,9 +112,7 @@ test('a kernel that never answers is said to', async () => {
   await vi.advanceTimersByTimeAsync(60_000);
   expect((await asked).text).toBe('The kernel does not answer.');
   await vi.advanceTimersByTimeAsync(1);
-  expect(kernel.dispose).toHaveBeenCalled();
-  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
-  expect(vi.getTimerCount()).toBe(0);
+  await expectLeft(kernel);
 });
 
 test('a connection that connects again is left when it has', async () => {
@@ -124,7 +127,5 @@ test('a connection that connects again is left when it has', async () => {
   expect(kernel.dispose).not.toHaveBeenCalled();
   kernel.change('connected');
   await vi.advanceTimersByTimeAsync(1);
-  expect(kernel.dispose).toHaveBeenCalled();
-  await vi.advanceTimersByTimeAsync(100); // signals clean up after themselves
-  expect(vi.getTimerCount()).toBe(0);
+  await expectLeft(kernel);
 });
