@@ -301,11 +301,12 @@ def checked_context(config: Any, context: int | None) -> int:
 
 def check_whole(name: str, value: Any, least: int = 1, why: str = "") -> None:
     """Raise OptionError unless an option is a whole number that is large enough and not absurd."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and abs(value) > sys.maxsize:  # not shown: Python may refuse to write its digits
+        raise OptionError(f"{name} is too large: it must be at most {sys.maxsize:,}.")
+    if not whole or value < least:
         reason = f": {why}" if why else ""
         raise OptionError(f"{name}={value!r} must be a whole number of at least {least}{reason}.")
-    if value > sys.maxsize:
-        raise OptionError(f"{name}={value!r} is more than any machine holds.")
 
 
 def check_known(unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:

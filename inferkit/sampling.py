@@ -14,6 +14,7 @@ import difflib
 import math
 import numbers
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -154,19 +155,19 @@ def _checked_number(
     if value is None and name == "seed":
         return None
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    exact = number and isinstance(value, numbers.Integral)  # of any size, beyond what floats hold
-    whole = exact or (number and math.isfinite(value) and value == int(value))
-    if not number or (not exact and math.isnan(value)) or (kind is int and not whole):
+    try:
+        whole = number and math.isfinite(value) and value == int(value)
+    except OverflowError:  # not shown: it may have more digits than Python writes, or JSON reads
+        largest = sys.float_info.max
+        raise OptionError(f"{name} is too large: it must be at most {largest:.1e}.") from None
+    if not number or math.isnan(value) or (kind is int and not whole):
         raise OptionError(f"{name}={value!r} is not {'an integer' if kind is int else 'a number'}.")
     if (low is not None and value < low) or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"from {low} to {high}"
         raise OptionError(f"{name}={value!r} is out of range: it must be {wanted}.")
-    if not exact and math.isinf(value):
+    if math.isinf(value):
         raise OptionError(f"{name}={value!r} must be finite.")
-    try:
-        return kind(value)
-    except OverflowError:
-        raise OptionError(f"{name}={value!r} is too large.") from None
+    return kind(value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -36,10 +37,14 @@ PROMPTS = [list(range(5, 5 + n)) for n in (1, 7, 30, 3)]
 OPTIONS: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
 
 
+def load(folder: Path) -> ik.Model:
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 192}
+    return ik.load(folder, max_batch=3, progress=False, **options)
+
+
 @pytest.fixture
 def model(tiny_model: Callable[[str], Path]) -> Iterator[ik.Model]:
-    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "context": 192}
-    with ik.load(tiny_model("llama"), max_batch=3, progress=False, **options) as loaded:
+    with load(tiny_model("llama")) as loaded:
         yield loaded
 
 
@@ -48,10 +53,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "one.json"
 
 
-@pytest.fixture
-def recorded(model: ik.Model, path: Path) -> ik.Experiment:
-    """Four greedy requests, four that are drawn, one that is cancelled; nf4 and back."""
-    with ik.record("first", path=path, progress=False) as exp:
+@pytest.fixture(scope="module")
+def taken(
+    tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ik.Experiment, Path]:
+    """What `recorded` gives a copy of, and its file."""
+    path = tmp_path_factory.mktemp("taken") / "one.json"
+    with load(tiny_model("llama")) as model, ik.record("first", path=path, progress=False) as exp:
         model.generate(PROMPTS, **OPTIONS)
         model.quantize("nf4", progress=False)
         model.generate(PROMPTS, temperature=0.8, seed=3, **OPTIONS)
@@ -61,8 +69,14 @@ def recorded(model: ik.Model, path: Path) -> ik.Experiment:
         model.configure(batching="static")
         request.cancel()
         request.result()
-    model.quantize("none", progress=False).configure(batching="continuous")
-    return exp
+    return exp, path
+
+
+@pytest.fixture
+def recorded(taken: tuple[ik.Experiment, Path], path: Path, model: ik.Model) -> ik.Experiment:
+    """Four greedy requests, four that are drawn, one that is cancelled; nf4 and back."""
+    shutil.copy(taken[1], path)
+    return ik.Experiment(copy.deepcopy(taken[0].file), path, fresh=True)
 
 
 # -- what is recorded ----------------------------------------------------------------------------
@@ -247,26 +261,31 @@ def test_a_model_that_joins_is_hashed_too(
 
     monkeypatch.setattr(conversions, "sha256_notes", lambda: tmp_path / "notes")
     monkeypatch.setattr(recording, "_known_files", slowly)
-    recorder = ik.record("joined", path=path, progress=False)
-    exp = recorder.start()
-    with ik.load(tiny_model("qwen3"), progress=False):
+    with (
+        ik.record("joined", path=path, progress=False) as exp,
+        ik.load(tiny_model("qwen3"), progress=False),
+    ):
         deadline = time.monotonic() + 20
         while not all(entry.files for entry in exp.file.models):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    recorder.stop()
 
 
 def test_no_piece_of_text_is_lost_on_the_way(
     model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = Request._publish
+    class Slow(list[int]):
+        def append(self, end: int) -> None:
+            super().append(end)
+            time.sleep(0.02)  # the file is written meanwhile
 
-    def slowly(request: Request) -> None:
-        time.sleep(0.02)  # the file is written meanwhile
-        publish(request)
+    made = Request.__init__
 
-    monkeypatch.setattr(Request, "_publish", slowly)
+    def make(request: Request, *args: Any, **options: Any) -> None:
+        made(request, *args, **options)
+        request._text_ends = Slow()
+
+    monkeypatch.setattr(Request, "__init__", make)
     monkeypatch.setattr(recording, "_TICK", 0.01)
     with ik.record("slow", path=path, progress=False):
         gen = model.generate(PROMPTS[0], max_tokens=60, ignore_eos=True)
@@ -611,56 +630,115 @@ def test_a_replay_loads_the_model_and_unloads_it(
 
 @pytest.fixture
 def overlapping(
-    model: ik.Model, path: Path, tiny_model: Callable[[str], Path]
+    model: ik.Model,
+    path: Path,
+    tiny_model: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[ik.Experiment]:
-    """A model becomes nf4 between requests, while another one generates."""
+    """A model becomes nf4, and then something else, while another one generates."""
+    monkeypatch.setattr(recording, "_TICK", 0.01)  # each change is seen, without a request
     with ik.load(tiny_model("qwen3"), context=4096, progress=False) as other:
         with ik.record("two", path=path, progress=False) as exp:
             long = other.submit("Meanwhile", max_tokens=4000, ignore_eos=True)
             model.generate(PROMPTS, **OPTIONS)
-            model.quantize("nf4", progress=False)
+            for change in (
+                lambda: model.quantize("nf4", progress=False),
+                lambda: model.configure(batching="off"),
+                lambda: model.configure(batching="static"),
+            ):
+                seen = len(exp.file.modes)
+                change()
+                while len(exp.file.modes) == seen:
+                    time.sleep(0.01)
             model.generate(PROMPTS, **OPTIONS)
             long.cancel()
             long.result()
-        model.quantize("none", progress=False)
+        model.quantize("none", progress=False).configure(batching="continuous")
         yield exp
 
 
+class SlowChange:
+    """Changes of mode take longer than in the recording: the earlier, the longer."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self.on_begin: Callable[[], None] = lambda: None
+        self._change = replay._Run._change
+
+    def __call__(self, run: Any, mode: Any) -> None:
+        self.begun += 1
+        if self.begun == 1:
+            self.on_begin()
+        time.sleep(0.9 / self.begun)
+        self._change(run, mode)
+        self.ended += 1
+
+
 @pytest.fixture
-def slow_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changes of mode take a second longer than in the recording."""
-    change = replay._Run._change
-
-    def slowly(run: Any, mode: Any) -> None:
-        time.sleep(1)
-        change(run, mode)
-
-    monkeypatch.setattr(replay._Run, "_change", slowly)
+def slow_change(monkeypatch: pytest.MonkeyPatch) -> SlowChange:
+    slow = SlowChange()
+    monkeypatch.setattr(replay._Run, "_change", lambda run, mode: slow(run, mode))
+    # Models are not brought to their first mode by it.
+    monkeypatch.setattr(replay._Run, "_become", lambda run, mode: slow._change(run, mode))
+    return slow
 
 
-def test_a_change_of_mode_that_takes_longer_here_is_waited_for(
-    overlapping: ik.Experiment, slow_change: None
+def test_changes_of_mode_that_take_longer_here_are_waited_for_in_their_order(
+    overlapping: ik.Experiment, slow_change: SlowChange
 ) -> None:
     found = ik.replay(overlapping, progress=False)
+    assert slow_change.ended == 3
     assert [o.kind for o in found.outcomes[1:]] == ["equal"] * 2 * len(PROMPTS)
+    last = [o.measured for o in found.outcomes[-len(PROMPTS) :]]
+    assert {gen.settings.batching for gen in last} == {"static"}
     # What they waited for is no time of theirs.
-    assert all(o.measured.latency.queue < 0.5 for o in found.outcomes[-len(PROMPTS) :])
+    assert min(gen.latency.queue for gen in last) < 0.5
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_interrupt_during_a_change_of_mode_leaves_the_models_as_they_were(
+    overlapping: ik.Experiment, slow_change: SlowChange, model: ik.Model
+) -> None:
+    # While the replay waits for the change, as what comes next is due at once.
+    slow_change.on_begin = lambda: threading.Timer(0.4, interrupt).start()
+    found = ik.replay(overlapping, progress=False)
+    assert any("interrupted" in note for note in found.notes)
+    assert (slow_change.begun, slow_change.ended) == (1, 1)
+    assert model.quantization == "none"
+
+
+def test_a_second_interrupt_leaves_the_models_as_they_were_too(
     overlapping: ik.Experiment,
-    slow_change: None,
+    slow_change: SlowChange,
     model: ik.Model,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupted(run: Any, models: Any) -> None:
-        if run._changes:
-            raise KeyboardInterrupt
+    slow_change.on_begin = lambda: threading.Timer(0.4, interrupt).start()
+    wait = replay._Run._end_changes
 
-    monkeypatch.setattr(replay._Run, "_await", interrupted)
-    found = ik.replay(overlapping, progress=False)
-    assert any("interrupted" in note for note in found.notes)
-    time.sleep(2)
+    def interrupted(run: Any) -> None:
+        wait(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replay._Run, "_end_changes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ik.replay(overlapping, progress=False)
+    assert model.quantization == "none"
+    assert "inferkit-record" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_change_of_mode_that_fails_ends_the_replay(
+    overlapping: ik.Experiment, slow_change: SlowChange, model: ik.Model
+) -> None:
+    def fail() -> None:
+        raise ik.OptionError("no room")
+
+    slow_change.on_begin = fail
+    with pytest.raises(ik.OptionError, match="no room"):
+        ik.replay(overlapping, progress=False)
     assert model.quantization == "none"
 
 

@@ -486,6 +486,14 @@ def test_guidellm_requests_keep_what_the_report_says(tmp_path):
     assert any("1 of 2 requests have no times between" in note for note in found.notes)
 
 
+def test_a_prompt_whose_total_a_report_leaves_out_is_as_long_as_what_was_cached(tmp_path):
+    report = guidellm_report()
+    report["benchmarks"][0]["requests"]["successful"][0]["input_metrics"]["total_tokens"] = None
+    found = import_experiment(saved(tmp_path / "benchmarks.json", report))
+    found.save(tmp_path / "kept.json")
+    assert open_experiment(tmp_path / "kept.json").generations[0].latency.prompt_tokens == 4
+
+
 def test_guidellms_own_metrics_are_as_it_computes_them(tmp_path):
     found = import_experiment(saved(tmp_path / "benchmarks.json", guidellm_report()))
     summary = found.summary(definitions="guidellm")

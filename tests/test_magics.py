@@ -545,12 +545,48 @@ def test_completion(terminal: Notebook, model: ik.Model, text: str, expected: li
     assert sorted(terminal.completions(text)) == sorted(expected)
 
 
-def test_of_no_model_no_name_and_no_word_of_pythons_is_offered(
-    terminal: Notebook, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%infer load mo", ["models/"]),
+        ("%infer load ./models/t", ["./models/tiny/"]),
+        ("%infer load ~/mod", ["~/models/"]),
+        ("%infer replay fi", ["first.inferkit.json"]),
+        ("%infer replay first.inferkit.json --model=./m", ["./models/"]),
+        ("%infer record --path mo", ["models/"]),
+    ],
+)
+def test_completion_of_paths(
+    terminal: Notebook,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    expected: list[str],
+) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "model [1].gguf").touch()
+    (tmp_path / "first.inferkit.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert terminal.completions(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("%infer unload ", "--help"),
+        ("%infer quantize nf4 --model ", ""),
+        ('%infer "hi" --seed ', ""),
+        ('%infer "hi" --max-tokens 1', "1"),
+        ("%infer replay nothing-of-this-name", "nothing-of-this-name"),
+        ("%infer share --ref ma", "ma"),
+    ],
+)
+def test_where_there_is_nothing_to_offer_no_word_of_pythons_is(
+    terminal: Notebook, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
 ) -> None:
     monkeypatch.setattr(completion, "loaded_names", list)
-    for text in ("%infer unload ", "%infer quantize nf4 --model "):
-        assert terminal.completions(text) == ["--help"]
+    assert terminal.completions(text) == [expected]
 
 
 def test_words_are_as_they_are_quoted() -> None:

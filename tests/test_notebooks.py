@@ -284,7 +284,7 @@ def test_the_example_in_the_readme_runs(demo_model_path: Path) -> None:
     example = smaller(example, parts)
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", example],
-        env=os.environ | {"INFERKIT_DTYPE": "bfloat16"},
+        env=os.environ | {"INFERKIT_DTYPE": "bfloat16", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

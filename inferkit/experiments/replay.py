@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -466,8 +466,9 @@ class _Run:
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement] = {}
-        self._failure: Exception | None = None
-        self._changes: list[tuple[int, threading.Thread]] = []  # of a model, under way or done
+        # Of modes while requests run: a model's own come one after the other, in their order.
+        self._changes: list[tuple[int, Future[None]]] = []
+        self._changing: dict[int, ThreadPoolExecutor] = {}
         # Of no other model: one that stands by is no part of this, nor what is asked of it.
         self._recording = Recording(
             f"replay of {recorded.name}", None, redact=recorded.redacted, models=()
@@ -536,12 +537,12 @@ class _Run:
                 name = self.recorded.file.models[number].name
                 self._recording.follow(self.models[number], name)
 
-    def _let_go(self, numbers: Sequence[int]) -> None:
+    def _let_go(self, numbers: Iterable[int]) -> None:
         """Part with models, which no later request needs."""
-        with ExitStack() as stack:  # all of them, whatever goes wrong with one
-            for number in numbers:
-                self._recording.leave(self.models[number])
+        with ExitStack() as stack:  # all of them, whatever goes wrong with one; the last one first
+            for number in list(numbers):
                 stack.callback(self._there.pop(number).close)
+                stack.callback(self._recording.leave, self.models[number])
 
     @contextmanager
     def _loaded(self, number: int, mode: ModeEntry) -> Iterator[Model]:
@@ -617,14 +618,11 @@ class _Run:
             interrupted = True
             self._note("it was interrupted: what follows was not run")
         finally:
-            for request in self._requests.values():
-                request.cancel()
-            for request in self._requests.values():
-                request.result()
-            for _, thread in self._changes:  # or they would go on when all is as it was
-                thread.join()
-            self._let_go(list(self._there))
-            self._recording.stop()
+            with ExitStack() as stack:  # each of them, the last first, whatever goes wrong with one
+                stack.callback(self._recording.stop)
+                stack.callback(self._let_go, self._there)
+                stack.callback(self._end_changes)
+                stack.callback(self._end_requests)
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
             outcomes = [_unfinished(o) for o in outcomes]
@@ -642,11 +640,12 @@ class _Run:
             _sleep((moment - part.begin) * NS - (time.perf_counter_ns() - began) * NS)
             if not isinstance(event, ModeEntry):
                 due = time.perf_counter_ns()
-                self._await({self.recorded.file.requests[i].model for i in event})
+                entries = [self.recorded.file.requests[i] for i in event]
+                self._await({one.model for one in entries if _runs(one)})
                 began += time.perf_counter_ns() - due  # those that follow keep their distances
                 mine += self._submit(event)
             elif event.model in self._there:
-                self._changes.append((event.model, self._change_meanwhile(event)))
+                self._change_meanwhile(event)
         for number in mine:
             while not self._requests[number].done:
                 time.sleep(_TICK / 10)
@@ -656,10 +655,22 @@ class _Run:
 
     def _await(self, models: Collection[int]) -> None:
         """Let changes of these models come to their end: what follows them ran under them."""
-        for _, thread in [change for change in self._changes if change[0] in models]:
-            thread.join()
-        if self._failure is not None:
-            raise self._failure
+        changes = [change for model, change in self._changes if model in models]
+        _wait(changes)
+        for change in changes:
+            change.result()  # or what it raised
+
+    def _end_requests(self) -> None:
+        for request in self._requests.values():
+            request.cancel()
+        for request in self._requests.values():
+            request.result()
+
+    def _end_changes(self) -> None:
+        """Wait for those under way, which would go on when all is as it was; begin no other."""
+        for pool in self._changing.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        _wait([change for _, change in self._changes])
 
     def _submit(self, numbers: Sequence[int]) -> list[int]:
         arrival = time.perf_counter_ns()
@@ -728,18 +739,12 @@ class _Run:
             reason = model.compilation.reason or "it took too long"
             self._note(f"the decode step was compiled in the recording and is not here: {reason}")
 
-    def _change_meanwhile(self, mode: ModeEntry) -> threading.Thread:
+    def _change_meanwhile(self, mode: ModeEntry) -> None:
         """Change the mode while requests run, as it was done: it may wait for them."""
-
-        def change() -> None:
-            try:
-                self._change(mode)
-            except Exception as error:  # raised by who waits for it
-                self._failure = error
-
-        thread = threading.Thread(target=change, name="inferkit-replay", daemon=True)
-        thread.start()
-        return thread
+        if mode.model not in self._changing:
+            self._changing[mode.model] = ThreadPoolExecutor(1, "inferkit-replay")
+        change = self._changing[mode.model].submit(self._change, mode)
+        self._changes.append((mode.model, change))
 
     # -- comparing ------------------------------------------------------------------------------
 
@@ -906,6 +911,12 @@ def _unfinished(outcome: Outcome) -> Outcome:
             outcome, kind="interrupted", reason="the replay was interrupted", difference=None
         )
     return outcome
+
+
+def _wait(changes: Collection[Future[None]]) -> None:
+    """Wait until they are done, so that an interrupt ends it on every platform."""
+    while not all(change.done() for change in changes):
+        time.sleep(_TICK / 10)
 
 
 def _sleep(seconds: float) -> None:

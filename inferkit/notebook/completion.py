@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.completer import (
@@ -44,7 +46,7 @@ def matcher() -> Matcher:
         before = text[: len(text) - len(fragment)].split()
         words = _words(before, fragment, in_cell, references)
         # Where there is nothing to offer, IPython would offer words of Python's.
-        fit = [word for word in words if word.startswith(fragment)] or [fragment or "--help"]
+        fit = [word for word in words if word.startswith(fragment)] or [fragment]
         return {
             "completions": [SimpleCompletion(word, type="magic") for word in fit],
             "matched_fragment": fragment,
@@ -76,21 +78,23 @@ def _fragment(text: str) -> str:
 def _words(
     before: list[str], fragment: str, in_cell: bool, references: _References
 ) -> Iterable[str]:
-    """All that may stand here, whatever it begins with."""
+    """All that may stand here, most of it whatever it begins with."""
     dashed = fragment.startswith("-")
     if not before and not in_cell and not dashed:
         return COMMANDS
     command = CELL if in_cell or not before else COMMANDS.get(before[0], CELL)
     rest = before if command is CELL else before[1:]
     last = rest[-1].rstrip("=") if rest else ""
-    expected = next((name for name in _valued(command) if flag(name) == last), None)
-    if expected is None and not dashed and not _positionals(rest, command):
-        expected = next(iter(command.arguments), None)
-    if expected is not None:
-        return _values(expected, references)
+    valued = next((name for name in _valued(command) if flag(name) == last), None)
+    if valued is not None:
+        return _values(valued, command.options[valued], fragment, references)
     used = {word.partition("=")[0] for word in rest}
     again = {name for name, how in command.options.items() if how.get("action") == "append"}
-    return [flag(name) for name in command.options if name in again or flag(name) not in used]
+    left = [flag(name) for name in command.options if name in again or flag(name) not in used]
+    first = next(iter(command.arguments), None)
+    if first is None or dashed or _positionals(rest, command):
+        return [*left, "--help"]
+    return list(_values(first, command.arguments[first], fragment, references)) or ["--help"]
 
 
 def _valued(command: Command) -> list[str]:
@@ -105,15 +109,28 @@ def _positionals(words: list[str], command: Command) -> int:
     return sum(not word.startswith("-") and former not in takes for former, word in pairs)
 
 
-def _values(name: str, references: _References) -> Iterable[str]:
-    """What an option or argument of this name may be."""
-    if name == "ref":
-        return references.get()
+def _values(
+    name: str, how: Mapping[str, Any], fragment: str, references: _References
+) -> Iterable[str]:
+    """What an option or argument may be."""
+    kind = how.get("metavar")
+    if kind == "MODEL":
+        return [*references.get(), *_files(fragment)]
+    if kind in ("FILE", "PATH"):
+        return _files(fragment)
     if name == "command":
         return COMMANDS
     if name == "model":
         return loaded_names()
     return _devices() if name == "device" else VALUES.get(name, ())
+
+
+def _files(begun: str) -> list[str]:
+    """Files and folders whose path begins like this; not those whose names need quotes."""
+    whole = os.path.expanduser(begun)
+    paths = sorted(glob.glob(f"{glob.escape(whole)}*"))
+    ends = [path[len(whole) :] + (os.sep if os.path.isdir(path) else "") for path in paths]
+    return [begun + end for end in ends if not re.search(r"[\s\"']", end)]
 
 
 def _devices() -> list[str]:

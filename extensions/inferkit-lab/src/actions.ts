@@ -4,7 +4,7 @@ import {
   type Kernel
 } from '@jupyterlab/services';
 import type { JSONObject } from '@lumino/coreutils';
-import { answerOf, asked, refusal, type Evaluated } from './answers';
+import { answerOf, asked, failureOf, refusal, type Evaluated } from './answers';
 import type { Answer } from './schema';
 import { messageOf } from './watch';
 
@@ -203,25 +203,31 @@ export function replyTo<T extends KernelMessage.IMessage>(future: {
   });
 }
 
-function ask(
+async function ask(
   kernel: Kernel.IKernelConnection,
   name: string,
   given: JSONObject
 ): Promise<Answer> {
+  return answerOf(await evaluate(kernel, asked(name, given)));
+}
+
+/** Have a kernel evaluate expressions, and leave no trace in the notebook. */
+export function evaluate(
+  kernel: Kernel.IKernelConnection,
+  expressions: JSONObject
+): Promise<Record<string, Evaluated>> {
   return onSubshell(kernel, async subshell => {
     const future = execute(kernel, subshell, {
       code: '',
       silent: true,
       store_history: false,
       allow_stdin: false,
-      user_expressions: asked(name, given)
+      user_expressions: expressions
     });
     const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
     if (content.status !== 'ok') {
-      return refusal('The kernel was interrupted.');
+      throw new Error(failureOf(content));
     }
-    return answerOf(
-      content.user_expressions as unknown as Record<string, Evaluated>
-    );
+    return content.user_expressions as unknown as Record<string, Evaluated>;
   });
 }

@@ -52,6 +52,14 @@ export function answerOf(found: Record<string, Evaluated>): Answer {
   return refusal(`${answer?.ename ?? 'Error'}: ${answer?.evalue ?? ''}`);
 }
 
+/** Why a kernel has not done what it was asked. */
+export function failureOf({ status, ename, evalue }: Evaluated): string {
+  // A kernel without subshells drops what waits for a cell, where that fails.
+  return status === 'error'
+    ? evalue || ename || 'Error'
+    : 'The cell that ran before failed or was interrupted.';
+}
+
 /** Python that calls a function of a module; strings of JSON are strings of Python. */
 export function expression(
   module: string,

@@ -30,7 +30,7 @@ import { InferenceSidebar } from './sidebar';
 import { InferenceStatus } from './status';
 import { PanelTab, type TabOptions } from './tab';
 import type { Current, Deeds } from './deeds';
-import { Watch } from './watch';
+import { messageOf, Watch } from './watch';
 
 const CATEGORY = 'Inference';
 const SECOND = 1000;
@@ -108,11 +108,9 @@ function activate(
     return found;
   };
 
-  /** What is known of the current notebook's kernel. */
-  const known = (): Kernel | undefined => {
-    const id = current()?.kernelId;
-    return watch.seen.state?.kernels.find(kernel => kernel.kernel_id === id);
-  };
+  /** What is known of a kernel. */
+  const known = (kernelId: string | undefined): Kernel | undefined =>
+    watch.seen.state?.kernels.find(kernel => kernel.kernel_id === kernelId);
 
   /** Whether a kernel is known to have no inferkit: one out of sight may. */
   const without = (kernelId: string): boolean => {
@@ -120,7 +118,7 @@ function activate(
     return (
       state !== null &&
       !error &&
-      !known() &&
+      !known(kernelId) &&
       !state.out_of_sight.includes(kernelId)
     );
   };
@@ -174,7 +172,7 @@ function activate(
     notebookOf(kernelId)
       .then(panel => (panel ? work(panel) : undefined))
       .catch((error: unknown) => {
-        Notification.error(String(error));
+        Notification.error(messageOf(error), { autoClose: 5000 });
       });
   };
 
@@ -322,8 +320,9 @@ function activate(
       }
       let model = args['model'] as string | undefined;
       if (model === undefined) {
+        const kernelId = current()?.kernelId; // another may be in front afterwards
         await watch.refresh();
-        model = known()?.state?.models.at(-1)?.name ?? '';
+        model = known(kernelId)?.state?.models.at(-1)?.name ?? '';
       }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));

@@ -1,4 +1,8 @@
-import { MainAreaWidget, type ISessionContext } from '@jupyterlab/apputils';
+import {
+  MainAreaWidget,
+  Notification,
+  type ISessionContext
+} from '@jupyterlab/apputils';
 import type { NotebookPanel } from '@jupyterlab/notebook';
 import {
   OutputAreaModel,
@@ -7,8 +11,8 @@ import {
 } from '@jupyterlab/outputarea';
 import type { Kernel, KernelMessage } from '@jupyterlab/services';
 import { Widget } from '@lumino/widgets';
-import { execute, onSubshell, replyTo } from './actions';
-import { expression } from './answers';
+import { evaluate, execute, onSubshell, replyTo } from './actions';
+import { expression, failureOf } from './answers';
 import { inferenceIcon } from './names';
 import { messageOf } from './watch';
 
@@ -60,9 +64,18 @@ export class PanelTab extends MainAreaWidget {
     super.dispose();
   }
 
-  /** Show the panel anew, of the model that the tab is called by: it may have gone on to another. */
+  /** Show the panel of the model that the tab is called by: it may have gone on to another. */
   again(): void {
-    if (this._notebook) {
+    const kernel = this._context?.session?.kernel;
+    const area = this._area;
+    if (kernel && area?.isAttached) {
+      this._recall(kernel, area).catch((error: unknown) => {
+        if (this._area === area) {
+          // The panel goes on.
+          Notification.error(messageOf(error), { autoClose: 5000 });
+        }
+      });
+    } else if (this._notebook) {
       this._draw();
     }
   }
@@ -102,6 +115,29 @@ export class PanelTab extends MainAreaWidget {
     });
   }
 
+  /** Have the panel that is shown go back to the model; it is drawn anew only where it is closed. */
+  private async _recall(
+    kernel: Kernel.IKernelConnection,
+    area: SimplifiedOutputArea
+  ): Promise<void> {
+    // Its id: the kernel would show the panel itself, and take it to be where nobody sees it.
+    const { id = { status: 'error' } } = await evaluate(kernel, {
+      id: `${panelOf(this.options.model)}.model_id`
+    });
+    if (this._area !== area) {
+      return; // closed, or begun anew
+    }
+    if (id.status !== 'ok') {
+      this._say(failureOf(id), AGAIN);
+      return;
+    }
+    const text = id.data?.['text/plain'];
+    const shown = JSON.stringify(area.model.toJSON());
+    if (typeof text !== 'string' || !shown.includes(text.replace(/'/g, ''))) {
+      this._draw();
+    }
+  }
+
   /**
    * Have the kernel show the panel, while a cell runs too. It goes over the notebook's connection,
    * which hears of the panel's widgets before it is told to show them.
@@ -136,8 +172,7 @@ export class PanelTab extends MainAreaWidget {
       area.future = future;
       const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
       if (content.status !== 'ok') {
-        const why = content.status === 'error' ? content.evalue : '';
-        throw new Error(why || 'The kernel was interrupted.');
+        throw new Error(failureOf(content));
       }
       // Outputs have a channel of their own, and may come later than the reply.
       await Promise.race([drawn, future.done]);
@@ -198,6 +233,10 @@ function refused(outputs: IOutputAreaModel): boolean {
 
 /** Code that shows a model's panel, and leaves no trace in the notebook's history. */
 function shown(model: string): string {
-  const panel = expression('inferkit.notebook.actions', 'panel', [model]);
-  return `__import__("IPython.display", fromlist=["display"]).display(${panel})`;
+  return `__import__("IPython.display", fromlist=["display"]).display(${panelOf(model)})`;
+}
+
+/** The expression that makes a model's panel, or has the one there is show the model again. */
+function panelOf(model: string): string {
+  return expression('inferkit.notebook.actions', 'panel', [model]);
 }

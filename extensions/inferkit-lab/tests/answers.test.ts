@@ -1,5 +1,5 @@
 import { expect, test } from 'vitest';
-import { answerOf, expression } from '../src/answers';
+import { answerOf, expression, failureOf } from '../src/answers';
 import { checked } from '../src/server';
 import { state } from './states';
 
@@ -45,6 +45,15 @@ test('a kernel without inferkit, or with an older one, is told what it needs', (
     ok: false,
     text: 'ValueError: odd'
   });
+});
+
+test('what waited for a cell that failed says so, and an error without words its name', () => {
+  expect(failureOf({ status: 'aborted' })).toBe(
+    'The cell that ran before failed or was interrupted.'
+  );
+  const error = { status: 'error', ename: 'AssertionError', evalue: '' };
+  expect(failureOf(error)).toBe('AssertionError');
+  expect(failureOf({ ...error, evalue: 'odd' })).toBe('odd');
 });
 
 test('a state of another version is refused', () => {
