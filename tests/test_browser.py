@@ -32,7 +32,7 @@ INTERRUPTED = (
 @pytest.fixture(scope="module")
 def quickstart(browser: Browser, lab: Lab) -> Iterator[Tab]:
     """The quickstart, all cells run in JupyterLab, in a window that shows them all."""
-    # With fewer tokens than for a person: the whole of it runs in test_notebooks.py.
+    # With fewer tokens than for a person.
     name = lab.copy(QUICKSTART, {"max_tokens=48": "max_tokens=12"})
     tab = open_notebook(browser, lab, name)
     tab.page.set_viewport_size({"width": 1200, "height": 8000})
