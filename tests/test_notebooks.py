@@ -151,7 +151,7 @@ def test_committed_copy_needs_no_widget_state(committed: NotebookNode) -> None:
 @pytest.fixture(scope="module")
 def fresh(demo_model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The quickstart in a new kernel, on the demo model (converted before, if it was not yet)."""
-    parts = {"max_tokens=48": "max_tokens=16"}  # a third of what a person waits for
+    parts = {"max_tokens=48": "max_tokens=8"}  # a sixth of what a person waits for
     return run_smaller(QUICKSTART, tmp_path_factory.mktemp("out"), parts)
 
 
