@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from inferkit.engine import Request
     from inferkit.experiments.experiment import Experiment, open
     from inferkit.experiments.imports import import_experiment
+    from inferkit.experiments.outcome import Replay
     from inferkit.experiments.recording import record
-    from inferkit.experiments.replay import Replay, replay
+    from inferkit.experiments.replay import replay
     from inferkit.experiments.sharing import binder_link
     from inferkit.generation import Generation
     from inferkit.grid import compare
@@ -120,7 +121,7 @@ _HOME = {
     "Model": "inferkit.model",
     "Panel": "inferkit.notebook.panel",
     "Playback": "inferkit.notebook.playback",
-    "Replay": "inferkit.experiments.replay",
+    "Replay": "inferkit.experiments.outcome",
     "Request": "inferkit.engine",
     "SamplingParams": "inferkit.sampling",
     "binder_link": "inferkit.experiments.sharing",

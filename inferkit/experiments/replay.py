@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +16,21 @@ from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import ExperimentError, OptionError
-from inferkit.experiments.difference import FEWEST, Contrast, Difference, first_difference
+from inferkit.experiments.difference import first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
+from inferkit.experiments.outcome import Outcome, Replay
 from inferkit.experiments.recording import Recording
 from inferkit.experiments.rounding import ROUNDING, Judgement, judge
+from inferkit.experiments.schedule import (
+    Part,
+    ended_itself,
+    parts_of,
+    runs_again,
+    spans_of,
+    what_cut,
+)
 from inferkit.footprint import QUANTIZE_MODES
-from inferkit.html import one_line, table, text_table
 from inferkit.kv import PREFILL_CHUNK
 from inferkit.model import Model
 from inferkit.progress import Progress, bar
@@ -36,224 +42,10 @@ if TYPE_CHECKING:
     from inferkit.engine import Request
     from inferkit.generation import Generation
 
-__all__ = ["Outcome", "Replay", "replay"]
+__all__ = ["replay"]
 
 _PATIENCE = 600.0  # seconds to wait for the compiled step
 _TICK = 0.1
-_SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one recorded request.
-
-    Attributes:
-        request: Its number in the recording.
-        recorded: What was recorded.
-        measured: What came here; None where it was not run again.
-        difference: Position of the first output token that differs; None where none does.
-        gap: By how many nats the token recorded there is less likely here than the one that came;
-            None where it was drawn, or one of the two ended there.
-        kind: "equal"; "rounding", where that explains the difference (see `rounding.judge`);
-            "differs"; "not run", where no token was recorded to be run up to; "not compared", where
-            outputs were left out; "interrupted".
-        reason: In words.
-    """
-
-    request: int
-    recorded: Generation
-    measured: Generation | None
-    difference: int | None
-    gap: float | None
-    kind: str
-    reason: str
-
-
-class Replay:
-    """A recording beside what it gave here and now.
-
-    Attributes:
-        recorded: The experiment as it was recorded.
-        measured: The experiment as it was measured here.
-        outcomes: One per recorded request.
-        notes: What was done otherwise than in the recording.
-    """
-
-    def __init__(
-        self,
-        recorded: Experiment,
-        measured: Experiment,
-        outcomes: Sequence[Outcome],
-        notes: Sequence[str],
-    ) -> None:
-        self.recorded = recorded
-        self.measured = measured
-        self.outcomes = tuple(outcomes)
-        self.notes = tuple(notes)
-
-    @property
-    def exact(self) -> bool:
-        """Whether every request that was run again gave the recorded tokens."""
-        return self._ran and all(o.kind in ("equal", "not run") for o in self.outcomes)
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing differs that rounding does not explain."""
-        fine = ("equal", "rounding", "not run", "not compared")
-        return self._ran and all(o.kind in fine for o in self.outcomes)
-
-    @property
-    def verified(self) -> bool:
-        """Whether any token was held against a recorded one: none is where they were left out."""
-        return any(o.kind in ("equal", "rounding", "differs") for o in self.outcomes)
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether it was cut off, so that some requests did not run to their end."""
-        return any(o.kind == "interrupted" for o in self.outcomes)
-
-    @property
-    def _ran(self) -> bool:
-        return any(o.measured is not None for o in self.outcomes)
-
-    @property
-    def latency(self) -> Difference:
-        """The latency measured here beside the recorded one, with ratios and intervals.
-
-        Raises:
-            OptionError: On one of the sides no request succeeded.
-        """
-        return self.recorded.diff(self.measured)
-
-    @property
-    def verdict(self) -> str:
-        """What came of it, in words."""
-        return " ".join(part for part in (self._said_of_tokens(), self._said_of_latency()) if part)
-
-    def _said_of_tokens(self) -> str:
-        count = {k: sum(o.kind == k for o in self.outcomes) for k in _KINDS}
-        ran = len(self.outcomes) - count["not run"] - count["interrupted"]
-        if not ran:
-            return "Nothing was run again."
-        if count["not compared"] == ran:
-            return (
-                f"No token was verified: {ran} requests ran again, but their outputs were left out "
-                "of the recording, so that only times compare."
-            )
-        said = [f"{count['equal']} of {ran} requests gave the recorded tokens"]
-        if count["rounding"]:
-            said.append(f"{count['rounding']} differ where rounding decides")
-        if count["differs"]:
-            said.append(f"{count['differs']} differ otherwise")
-        if count["not run"]:
-            said.append(f"{count['not run']} were not run again")
-        if count["interrupted"]:
-            said.append(f"{count['interrupted']} were interrupted")
-        head = "Reproduced" if self.exact else "Reproduced up to rounding" if self.ok else "Differs"
-        if count["interrupted"] and not count["differs"]:
-            head = "Interrupted"
-        return f"{head}: {'; '.join(said)}."
-
-    def _said_of_latency(self) -> str:
-        try:
-            found = self.latency.latency
-        except OptionError:
-            return ""
-        names = [("ttft", "TTFT"), ("tpot", "TPOT")][self._lost_prefixes > 0 :]
-        said = [part for name, label in names if (part := _ratio_in_words(label, found[name]))]
-        return "; ".join(said) + "." if said else ""
-
-    @property
-    def _lost_prefixes(self) -> int:
-        """Requests whose prompts shared a beginning, which random ones in their place do not."""
-        return sum(self.recorded.redacted and one.cached_tokens > 0 for one in self._requests)
-
-    @property
-    def _requests(self) -> Sequence[RequestEntry]:
-        return self.recorded.file.requests
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, ready for JSON; the two experiments by their names."""
-        try:
-            latency = self.latency.to_dict()
-        except OptionError:
-            latency = None
-        return {
-            "experiment": self.recorded.name,
-            "ok": self.ok,
-            "exact": self.exact,
-            "verified": self.verified,
-            "verdict": self.verdict,
-            "recorded": self.recorded.origin,
-            "measured": self.measured.as_recorded().origin,  # a file stays, and now passes
-            "notes": list(self.notes),
-            "outcomes": [
-                {
-                    "request": o.request,
-                    "kind": o.kind,
-                    "difference": o.difference,
-                    "gap": o.gap,
-                    "reason": o.reason,
-                }
-                for o in self.outcomes
-            ],
-            "latency": latency,
-        }
-
-    def plot(self) -> Any:
-        """Both sides' latency as a plotly figure."""
-        return self.latency.plot()
-
-    _HEADER = ("request", "prompt", "outcome", "from token", "why")
-
-    def _rows(self) -> list[tuple[object, ...]]:
-        rows: list[tuple[object, ...]] = []
-        # What differs first.
-        for o in sorted(self.outcomes, key=lambda o: _KINDS.index(o.kind)):
-            prompt = o.recorded.prompt or f"{o.recorded.latency.prompt_tokens} tokens"
-            where = "-" if o.difference is None else o.difference
-            rows.append((o.request, one_line(prompt, 32), o.kind, where, o.reason))
-        return rows[:_SHOWN]
-
-    def _caption(self) -> str:
-        return f"Replay of {self.recorded.name!r}: {self.recorded.origin}; measured here and now"
-
-    def _footer(self) -> str:
-        more = len(self.outcomes) - _SHOWN
-        rest = [f"and {more} more, in .outcomes"] if more > 0 else []
-        if self._lost_prefixes:
-            rest.append(
-                f"{self._lost_prefixes} requests found part of their prompt in the cache when they "
-                "were recorded; without the prompts none does here, so that TTFT does not compare"
-            )
-        return "; ".join([*rest, *self.notes])
-
-    def __repr__(self) -> str:
-        parts = [self._caption(), self.verdict, text_table(self._HEADER, self._rows())]
-        with suppress(OptionError):
-            parts.append(repr(self.latency))
-        return "\n".join(part for part in (*parts, self._footer()) if part)
-
-    def _repr_html_(self) -> str:
-        caption = f"{self._caption()}. {self.verdict}"
-        shown = table(self._HEADER, self._rows(), caption=caption, note=self._footer())
-        try:
-            return shown + self.latency._repr_html_()
-        except OptionError:
-            return shown
-
-
-def _ratio_in_words(label: str, found: Contrast) -> str:
-    """A ratio with what the contrast makes of it; "" where there is none."""
-    ratio, groups = found.ratio, found.groups
-    if math.isnan(ratio.value):
-        return ""
-    counted = f"{groups} group{'s' if groups != 1 else ''} of requests: {found.verdict}"
-    span = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f} over " if groups >= FEWEST else ""
-    return f"{label} here is {ratio.value:.2f} times the recorded one ({span}{counted})"
-
-
-_KINDS = ("differs", "rounding", "interrupted", "not run", "not compared", "equal")
 
 
 def replay(
@@ -366,83 +158,6 @@ def _how_they_differ(other: Sequence[str], found: Mapping[str, str]) -> str:
 # -- the run --------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Part:
-    """What happens between two moments when nothing is on its way.
-
-    Attributes:
-        begin: Recorded ns of its first requests.
-        before: What each model is to be by then.
-        events: Requests that arrive together, and changes among them, in order of time.
-        models: Numbers of those that its requests run on.
-        idle: Recorded ns of nothing before it.
-    """
-
-    begin: int
-    before: list[ModeEntry] = field(default_factory=list)
-    events: list[tuple[int, list[int] | ModeEntry]] = field(default_factory=list)
-    models: set[int] = field(default_factory=set)
-    idle: int = 0
-
-
-def _parts(recorded: Experiment) -> list[_Part]:
-    """The recording, cut where it was idle and where a mode was changed meanwhile."""
-    file = recorded.file
-    used = {one.model for one in file.requests if _runs(one)}
-    arrivals = groupby(range(len(file.requests)), key=lambda i: file.requests[i].arrival)
-    events: list[tuple[int, int, Any]] = [(m.time, 0, m) for m in file.modes if m.model in used]
-    events += [(moment, 1, list(numbers)) for moment, numbers in arrivals]
-    parts: list[_Part] = []
-    modes: dict[int, ModeEntry] = {}
-    busy_until = 0
-    for moment, _, event in sorted(events, key=lambda e: e[:2]):
-        idle = moment >= busy_until
-        if isinstance(event, ModeEntry):
-            modes[event.model] = event
-            if not idle:
-                parts[-1].events.append((moment, event))
-            continue
-        if idle:
-            pause = moment - busy_until if parts else 0
-            parts.append(_Part(moment, before=list(modes.values()), idle=pause))
-        requests = [file.requests[i] for i in event]
-        parts[-1].events.append((moment, event))
-        parts[-1].models.update(one.model for one in requests if _runs(one))
-        busy_until = max(busy_until, *map(_end, requests))
-    return parts
-
-
-def _spans(parts: Sequence[_Part]) -> dict[int, range]:
-    """For each model, the parts from the first to the last that has requests for it."""
-    needed: dict[int, list[int]] = {}
-    for index, part in enumerate(parts):
-        for number in sorted(part.models):
-            needed.setdefault(number, []).append(index)
-    return {number: range(of_it[0], of_it[-1] + 1) for number, of_it in needed.items()}
-
-
-def _ended_itself(one: RequestEntry) -> bool:
-    """Whether a recorded request came to an end of its own, which is one to be reproduced."""
-    return one.finish_reason in ("stop", "length")
-
-
-def _runs(one: RequestEntry) -> bool:
-    """Whether a recorded request is run again."""
-    return _ended_itself(one) or bool(unpack(one.tokens))
-
-
-def _what_cut(one: RequestEntry) -> str:
-    """What kept a recorded request from an end of its own; "" where it has one."""
-    if one.finish_reason == "error":
-        return f"failed ({': '.join(one.error or ['without a message'])})"
-    return {"cancelled": "was cancelled", None: "had not ended"}.get(one.finish_reason, "")
-
-
-def _end(one: RequestEntry) -> int:
-    tokens = unpack(one.tokens)
-    return one.finished or (tokens[-1] if tokens else one.arrival)
-
-
 class _Run:
     """One replay under way.
 
@@ -459,8 +174,8 @@ class _Run:
         self.notes: list[str] = []
         self._device, self._dtype = device, dtype
         self._pause, self._progress = pause, progress
-        self._parts = _parts(recorded)
-        self._spans = _spans(self._parts)
+        self._parts = parts_of(recorded)
+        self._spans = spans_of(self._parts)
         self._sources: dict[int, catalog.Source] = {}
         self._other_files: dict[int, list[str]] = {}  # that are not as recorded
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
@@ -631,9 +346,9 @@ class _Run:
 
     @property
     def _to_run(self) -> int:
-        return sum(map(_runs, self.recorded.file.requests))
+        return sum(map(runs_again, self.recorded.file.requests))
 
-    def _part(self, part: _Part, shown: Any) -> None:
+    def _part(self, part: Part, shown: Any) -> None:
         began = time.perf_counter_ns()
         mine: list[int] = []
         for moment, event in part.events:
@@ -641,7 +356,7 @@ class _Run:
             if not isinstance(event, ModeEntry):
                 due = time.perf_counter_ns()
                 entries = [self.recorded.file.requests[i] for i in event]
-                self._await({one.model for one in entries if _runs(one)})
+                self._await({one.model for one in entries if runs_again(one)})
                 began += time.perf_counter_ns() - due  # those that follow keep their distances
                 mine += self._submit(event)
             elif event.model in self._there:
@@ -674,7 +389,7 @@ class _Run:
 
     def _submit(self, numbers: Sequence[int]) -> list[int]:
         arrival = time.perf_counter_ns()
-        runs = [i for i in numbers if _runs(self.recorded.file.requests[i])]
+        runs = [i for i in numbers if runs_again(self.recorded.file.requests[i])]
         for model in dict.fromkeys(self.recorded.file.requests[i].model for i in runs):
             of_it = [i for i in runs if self.recorded.file.requests[i].model == model]
             handle = self.models[model]
@@ -688,7 +403,7 @@ class _Run:
         params = generation_of(one).params
         prompt, count = unpack(one.prompt_token_ids), len(unpack(one.tokens))
         params = replace(params, seed=one.seed)
-        if not _ended_itself(one) or self.recorded.redacted:
+        if not ended_itself(one) or self.recorded.redacted:
             params = replace(params, max_tokens=max(1, count))
         if self.recorded.redacted:
             params = replace(params, ignore_eos=True, stop_token_ids=())
@@ -779,7 +494,7 @@ class _Run:
         recorded = generation_of(one, self.recorded.origin)
         request = self._requests.get(number)
         if request is None:
-            reason = f"it {_what_cut(one)} before its first token"
+            reason = f"it {what_cut(one)} before its first token"
             return Outcome(number, recorded, None, None, None, "not run", reason)
         got = request.result()
         if self.recorded.redacted:
@@ -890,7 +605,7 @@ def _where_they_part(got: Generation, recorded: Generation) -> int | None:
 
 def _other_end(one: RequestEntry, recorded: Generation, got: Generation) -> str:
     """How the same tokens end otherwise here; "" where they do not."""
-    if not _ended_itself(one):
+    if not ended_itself(one):
         return ""
     if got.finish_reason != recorded.finish_reason:
         return f"the same tokens, ended by {got.finish_reason!r}, not {recorded.finish_reason!r}"
@@ -899,7 +614,7 @@ def _other_end(one: RequestEntry, recorded: Generation, got: Generation) -> str:
 
 def _up_to(one: RequestEntry) -> str:
     """Up to where the tokens were the same, where the recorded request has no end of its own."""
-    cut = _what_cut(one)
+    cut = what_cut(one)
     return f"up to where it {cut}, after {len(unpack(one.tokens))} tokens" if cut else ""
 
 
