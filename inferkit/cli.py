@@ -30,7 +30,7 @@ from inferkit.arguments import (
     given,
     replay_options,
 )
-from inferkit.experiments.file import check_free
+from inferkit.experiments.store import check_free
 from inferkit.html import text_table
 
 if TYPE_CHECKING:

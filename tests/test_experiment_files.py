@@ -16,8 +16,9 @@ from measured import small
 
 import inferkit as ik
 from inferkit.experiments import file as files
+from inferkit.experiments import store
 from inferkit.experiments.environment import environment
-from inferkit.experiments.file import PARTIAL
+from inferkit.experiments.store import PARTIAL
 
 OPTIONS: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True}
 
@@ -41,7 +42,7 @@ def journal(path: Path) -> list[dict[str, Any]]:
     """Write the journal of five requests, and give its lines."""
     made = small().file
     requests, made.requests, made.duration = made.requests, [], None
-    writer = files.Journal(path, made)
+    writer = store.Journal(path, made)
     writer.add([files.NewRequest(one) for one in requests])
     writer.close()
     return [json.loads(line) for line in beside(path).read_bytes().splitlines()]
@@ -200,7 +201,7 @@ def test_a_journal_that_cannot_begin_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.Journal, "add", full)
+    monkeypatch.setattr(store.Journal, "add", full)
     with pytest.raises(ik.ExperimentError, match="No space left"):
         ik.record("full", path=path, progress=False).start()
     assert list(path.parent.iterdir()) == []

@@ -26,7 +26,7 @@ import inferkit as ik
 from inferkit import conversions
 from inferkit.engine.request import Request
 from inferkit.experiments import file as files
-from inferkit.experiments import recording, replay, rounding
+from inferkit.experiments import recording, replay, rounding, store
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.generation import Settings
 
@@ -324,9 +324,9 @@ def test_a_replay_says_where_it_cannot_check_the_model(model: ik.Model, path: Pa
 def test_a_damaged_last_line_of_the_journal_is_left_out(
     recorded: ik.Experiment, path: Path
 ) -> None:
-    whole = files.Journal(path, recorded.file)
+    whole = store.Journal(path, recorded.file)
     whole.close()
-    journal = path.with_name(path.name + files.PARTIAL)
+    journal = path.with_name(path.name + store.PARTIAL)
     with journal.open("ab") as out:
         out.write(b'{"type":"tokens","requ')
     path.unlink()
@@ -424,7 +424,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
 
     recorder = ik.record("full", path=path, progress=False)
     exp = recorder.start()
-    monkeypatch.setattr(files.Journal, "add", full)
+    monkeypatch.setattr(store.Journal, "add", full)
     monkeypatch.setattr(files, "write", full)
     gen = model.generate(PROMPTS[0], **OPTIONS)
     with pytest.warns(UserWarning, match=r"No space left.*exp\.save"):

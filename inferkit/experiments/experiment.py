@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit import errors
 from inferkit.errors import ExperimentError, GenerationError, InferkitError, OptionError
 from inferkit.experiments import file as files
+from inferkit.experiments import store
 from inferkit.experiments.environment import describe
 from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry, RequestEntry
 from inferkit.generation import Generation, Generations, Settings
@@ -170,10 +171,10 @@ class Experiment:
             OptionError: There is a file already, or no folder for it; the path is none.
             ExperimentError: It cannot be written.
         """
-        target = files.local_path(path)
+        target = store.local_path(path)
         advice = "; nothing is lost: save it elsewhere with .save(path)."
-        with files.writing(target, advice), self._lock:
-            files.write(self.file, target, overwrite=overwrite)
+        with store.writing(target, advice), self._lock:
+            store.write(self.file, target, overwrite=overwrite)
         self.path = self.path or target
         return target
 
@@ -202,7 +203,7 @@ class Experiment:
         """
         from inferkit.experiments import exports, report
 
-        target = files.local_path(path)
+        target = store.local_path(path)
         if kind == "html" or (kind is None and target.suffix.lower() in (".html", ".htm")):
             return report.to_html(self, target, overwrite=overwrite, other=other)
         return exports.write(self, target, kind, overwrite=overwrite)
@@ -283,8 +284,8 @@ def open_experiment(path: str | os.PathLike[str]) -> Experiment:
         ExperimentError: There is no such file; it is damaged, of a later version, or something
             else.
     """
-    source = files.local_path(path)
-    file = files.read(source)
+    source = store.local_path(path)
+    file = store.read(source)
     for number, one in enumerate(file.requests):
         try:
             generation_of(one)

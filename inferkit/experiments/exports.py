@@ -17,7 +17,7 @@ import msgspec
 from inferkit.definitions import DEFINITIONS, PER_SECOND
 from inferkit.errors import OptionError
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import check_free, local_path, write_bytes, writing
+from inferkit.experiments.store import check_free, local_path, write_bytes, writing
 from inferkit.generation import Generation
 from inferkit.html import listed
 from inferkit.latency import LatencySummary

@@ -26,10 +26,10 @@ from inferkit.experiments.file import (
     ExperimentFile,
     ModeEntry,
     RequestEntry,
-    local_path,
 )
 from inferkit.experiments.importing import aiperf, common, guidellm, vllm
 from inferkit.experiments.importing.common import UNKNOWN, inner, nanoseconds
+from inferkit.experiments.store import local_path
 from inferkit.html import listed
 
 __all__ = ["import_experiment"]

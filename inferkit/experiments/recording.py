@@ -29,6 +29,7 @@ from inferkit import registry
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
+from inferkit.experiments import store
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.experiments.experiment import Experiment
 from inferkit.experiments.file import (
@@ -109,7 +110,7 @@ def _path(name: str, path: str | os.PathLike[str] | None) -> Path:
         ) from None
     if path is None:
         return Path(re.sub(r"[^\w.-]+", "-", name.strip()) + SUFFIX)
-    return files.local_path(path)
+    return store.local_path(path)
 
 
 @dataclass(slots=True, eq=False)
@@ -188,7 +189,7 @@ class Recording:
         self._lock = threading.RLock()
         self.experiment = Experiment(file, path, fresh=True, lock=self._lock)
         self._file = file
-        self._journal: files.Journal | None = None
+        self._journal: store.Journal | None = None
         self._notes: deque[_Note] = deque()
         self._models: list[Model] = []
         self._names: dict[str, str] = {}  # in the file, by what models were loaded as
@@ -238,9 +239,9 @@ class Recording:
         self._file.created = _now()
         self._epoch = time.perf_counter_ns()
         if self._path is not None:
-            with files.writing(self._path, ": give another path=."):
+            with store.writing(self._path, ": give another path=."):
                 self._keep_unfinished(self._path)
-                self._journal = files.Journal(self._path, self._file)
+                self._journal = store.Journal(self._path, self._file)
         if self._only is None:
             self._on_load.put_in()
         for model in registry.models() if self._only is None else self._only:
@@ -507,7 +508,7 @@ class Recording:
             return
         try:
             # Of the one that is there nobody else has written since the journal began.
-            files.write(self._file, self._path, overwrite=self._overwrite)
+            store.write(self._file, self._path, overwrite=self._overwrite)
         except (OSError, OptionError) as error:
             if self._journal is not None:
                 self._tell(
@@ -521,7 +522,7 @@ class Recording:
 
     def _keep_unfinished(self, path: Path) -> None:
         """Overwriting replaces what was finished; of what was cut off there is nothing else."""
-        kept = files.set_aside(path)
+        kept = store.set_aside(path)
         if kept is not None:
             warnings.warn(
                 f"{path} was to be a recording that was not brought to its end: it is kept as "
@@ -545,10 +546,10 @@ class Recording:
         return max(0, moment - self._epoch)
 
     def _check_free(self, path: Path) -> None:
-        files.check_free(path, self._overwrite)
-        with files.writing(path, ": give another path=."):
-            files.check_not_under_way(path)
-        journal = path.with_name(path.name + files.PARTIAL)
+        store.check_free(path, self._overwrite)
+        with store.writing(path, ": give another path=."):
+            store.check_not_under_way(path)
+        journal = path.with_name(path.name + store.PARTIAL)
         if journal.exists() and not self._overwrite:
             raise OptionError(
                 f"{journal} is a recording that was not brought to its end. "

@@ -19,11 +19,8 @@ from inferkit.experiments.experiment import Experiment, generation_of
 from inferkit.experiments.file import (
     ModeEntry,
     RequestEntry,
-    check_free,
-    local_path,
-    write_bytes,
-    writing,
 )
+from inferkit.experiments.store import check_free, local_path, write_bytes, writing
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary
 from inferkit.trace import NS
