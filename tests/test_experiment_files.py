@@ -424,7 +424,7 @@ def test_a_second_stop_does_what_was_left_of_the_first(
         if where == "join":
             patched.setattr(threading.Thread, "join", interrupted)
         else:
-            patched.setattr(files, "write", interrupted)
+            patched.setattr(store, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             recorder.stop()
     assert not path.exists()

@@ -425,7 +425,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_run(
     recorder = ik.record("full", path=path, progress=False)
     exp = recorder.start()
     monkeypatch.setattr(store.Journal, "add", full)
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(store, "write", full)
     gen = model.generate(PROMPTS[0], **OPTIONS)
     with pytest.warns(UserWarning, match=r"No space left.*exp\.save"):
         recorder.stop()
