@@ -76,17 +76,17 @@ def measure(
                 if number:
                     found.append({"round": number, "way": way, "batch": batch, "step": step})
     cases = dict.fromkeys((r["way"], r["batch"]) for r in found)
-    weights = _weights_read(model)
+    weights = weights_read(model)
     model.unload()
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "dtype": dtype,
         "context": context,
         "status": status,
         "compile_s": first,
         "kept_s": second,
-        "limit_ms": 1e3 * weights / _bandwidth(device),
+        "limit_ms": 1e3 * weights / bandwidth(device),
         "weights": weights,
         "steps": steps_against(found, "way", "own code", cases),
         "rounds": rounds,
@@ -128,7 +128,7 @@ def _generate(path: str, device: str, dtype: str) -> Callable[[int], float]:
     return lambda tokens: (timed(tokens + 1) - timed(1)) / tokens
 
 
-def _weights_read(model: Any) -> int:
+def weights_read(model: Any) -> int:
     """Bytes of the weights that a decode step reads in whole."""
     from inferkit.loading import weight_bytes
 
@@ -138,7 +138,7 @@ def _weights_read(model: Any) -> int:
     return weight_bytes(model._parts.loaded) - (0 if shared else embedding.nbytes)
 
 
-def _bandwidth(device: str) -> float:
+def bandwidth(device: str) -> float:
     """Bytes per second that a sum over half a GiB reads, the best of some."""
     import torch
 
@@ -151,10 +151,10 @@ def _bandwidth(device: str) -> float:
     return block.nbytes / min(seconds)
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     import torch
 
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    return "cpu" if device == "cpu" else torch.cuda.getdevice_name(device)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def markdown(results: dict[str, Any]) -> str:
         "compiled": _compiled,
         "speculation": _speculation,
         "tiles": _tiles,
+        "scaling": _scaling,
         "panel": _panel,
         "imports": _imports,
     }
@@ -369,6 +370,31 @@ def _tiles(results: dict[str, Any]) -> Iterator[str]:
         for r in found["rows"]
     ]
     yield from _table(("what", "way", "ms", "against bf16, plain"), rows)
+
+
+def _scaling(results: dict[str, Any]) -> Iterator[str]:
+    found = results["scaling"]
+    yield (
+        f"### A decode step by context and batch, ms: {found['device']}, {found['dtype']}, "
+        f"{found['step']} ({found['rounds']} rounds)\n"
+    )
+    cells = {(row["context"], row["batch"]): row for row in found["rows"]}
+    contexts, batches = (sorted({cell[i] for cell in cells}) for i in (0, 1))
+    rows = [
+        (
+            f"{context:,}",
+            *(
+                f"{row['step_ms']['median']:.1f} ({row['limit_ms']:.1f})"
+                for row in (cells[context, batch] for batch in batches)
+            ),
+        )
+        for context in contexts
+    ]
+    yield from _table(("context", *(f"batch {batch}" for batch in batches)), rows)
+    yield (
+        f"\nIn brackets the limit: {found['weights'] / 1e6:,.0f} MB of weights and the rows' KV "
+        f"cache, read once at the {found['bandwidth'] / 1e9:.1f} GB/s of this run."
+    )
 
 
 def _pair(row: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ PARTS = (
     "compiled",
     "speculation",
     "tiles",
+    "scaling",
     "panel",
     "imports",
 )
@@ -74,6 +75,13 @@ def main() -> None:
             "speculation.py", **steps | {"batches": _SPECULATED}, device=asked.device
         ),
         "tiles": lambda: in_fresh_process("tiles.py", **steps),
+        "scaling": lambda: in_fresh_process(
+            "scaling.py",
+            path=str(model),
+            threads=asked.threads,
+            rounds=asked.rounds,
+            device=asked.device,
+        ),
         "panel": lambda: in_fresh_process(
             "panel.py",
             path=str(model),
@@ -239,7 +247,7 @@ def _arguments() -> argparse.Namespace:
     add("--tokens", type=int, default=64, help="tokens per sequence")
     add("--batches", type=int, nargs="+", default=[1, 8, 16])
     add("--prompts", type=int, nargs="*", default=[10, 100, 500, 1000], help="lengths for the TTFT")
-    add("--device", default="cpu", help="for the compiled part: cpu, or cuda:0")
+    add("--device", default="cpu", help="for the parts that name one: cpu, or cuda:0")
     add("--requests", type=int, default=500, help="for the memory part")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads of every engine")
     add("--pause", type=float, default=0.3, help="seconds between two engines' calls")

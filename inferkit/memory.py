@@ -303,7 +303,7 @@ def check_whole(name: str, value: Any, least: int = 1, why: str = "") -> None:
     """Raise OptionError unless an option is a whole number that is large enough and not absurd."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and abs(value) > sys.maxsize:  # not shown: Python may refuse to write its digits
-        raise OptionError(f"{name} is too large: it must be at most {sys.maxsize:,}.")
+        raise OptionError(f"{name} is out of range: it must be from {least} to {sys.maxsize}.")
     if not whole or value < least:
         reason = f": {why}" if why else ""
         raise OptionError(f"{name}={value!r} must be a whole number of at least {least}{reason}.")

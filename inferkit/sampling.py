@@ -101,6 +101,7 @@ class SamplingParams:
         return cls(**known)
 
 
+_LARGEST = sys.float_info.max
 # (name, lowest, highest, type); None for an open end.
 _RANGES: tuple[tuple[str, float | None, float | None, type], ...] = (
     ("max_tokens", 1, None, int),
@@ -158,8 +159,9 @@ def _checked_number(
     try:
         whole = number and math.isfinite(value) and value == int(value)
     except OverflowError:  # not shown: it may have more digits than Python writes, or JSON reads
-        largest = sys.float_info.max
-        raise OptionError(f"{name} is too large: it must be at most {largest:.1e}.") from None
+        raise OptionError(
+            f"{name} is out of range: it must be from -{_LARGEST:.1e} to {_LARGEST:.1e}."
+        ) from None
     if not number or math.isnan(value) or (kind is int and not whole):
         raise OptionError(f"{name}={value!r} is not {'an integer' if kind is int else 'a number'}.")
     if (low is not None and value < low) or (high is not None and value > high):

@@ -29,8 +29,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What "auto" compiles in the background would compete with the tests; test_compile.py asks for it.
 os.environ.setdefault("INFERKIT_COMPILE", "0")
-# And the code around compiled kernels takes longer to optimize than it ever runs here.
-os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 # A job that a shell starts in the background ignores Ctrl-C, which some tests press.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -35,6 +35,8 @@ def cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, in use."""
     monkeypatch.setenv("INFERKIT_CACHE", str(folder))
     monkeypatch.setattr(compiling, "NICE", 0)  # beside other tests it would never get its turn
+    # The code around the kernels takes longer to optimize than it ever runs here.
+    monkeypatch.setenv("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
     return folder
 
 

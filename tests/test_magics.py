@@ -541,7 +541,15 @@ def test_a_prompt_takes_variables_of_the_notebook(terminal: Notebook, model: ik.
         ("%infer load demo --device c", ["cpu"]),
     ],
 )
-def test_completion(terminal: Notebook, model: ik.Model, text: str, expected: list[str]) -> None:
+def test_completion(
+    terminal: Notebook,
+    model: ik.Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    expected: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no file begins like any of these
     assert sorted(terminal.completions(text)) == sorted(expected)
 
 
@@ -550,9 +558,13 @@ def test_completion(terminal: Notebook, model: ik.Model, text: str, expected: li
     [
         ("%infer load mo", ["models/"]),
         ("%infer load ./models/t", ["./models/tiny/"]),
+        ("%infer load ./models/tiny/m", ["./models/tiny/m"]),  # its name needs quotes
+        ("%infer load ./models/[1]/", ["./models/[1]/a.gguf"]),
+        ("%infer load ~", ["~/"]),
         ("%infer load ~/mod", ["~/models/"]),
         ("%infer replay fi", ["first.inferkit.json"]),
         ("%infer replay first.inferkit.json --model=./m", ["./models/"]),
+        ("%infer replay first.inferkit.json --model=tiny=./m", ["tiny=./models/"]),
         ("%infer record --path mo", ["models/"]),
     ],
 )
@@ -564,7 +576,9 @@ def test_completion_of_paths(
     expected: list[str],
 ) -> None:
     (tmp_path / "models" / "tiny").mkdir(parents=True)
-    (tmp_path / "models" / "tiny" / "model [1].gguf").touch()
+    (tmp_path / "models" / "tiny" / "model 1.gguf").touch()
+    (tmp_path / "models" / "[1]").mkdir()
+    (tmp_path / "models" / "[1]" / "a.gguf").touch()
     (tmp_path / "first.inferkit.json").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from inferkit import errors
 from inferkit.errors import ExperimentError, GenerationError, InferkitError, OptionError
-from inferkit.experiments import file as files
 from inferkit.experiments import store
 from inferkit.experiments.environment import describe
-from inferkit.experiments.file import Environment, ExperimentFile, ModelEntry, RequestEntry
+from inferkit.experiments.file import (
+    Environment,
+    ExperimentFile,
+    ModelEntry,
+    RequestEntry,
+    unpack,
+)
 from inferkit.generation import Generation, Generations, Settings
 from inferkit.html import counted, one_line, table, text_table
 from inferkit.latency import LatencySummary, summarize
@@ -313,8 +318,8 @@ def generation_of(one: RequestEntry, origin: str = "") -> Generation:
     return Generation(
         prompt=one.prompt,
         text=one.text,
-        token_ids=tuple(files.unpack(one.token_ids)),
-        prompt_token_ids=tuple(files.unpack(one.prompt_token_ids)),
+        token_ids=tuple(unpack(one.token_ids)),
+        prompt_token_ids=tuple(unpack(one.prompt_token_ids)),
         finish_reason=one.finish_reason,  # type: ignore[arg-type]
         stop_reason=one.stop_reason,
         latency=Latency(trace_of(one)),
@@ -337,13 +342,13 @@ def trace_of(one: RequestEntry) -> Trace:
     return Trace(
         arrival=one.arrival,
         scheduled=one.scheduled,
-        tokens=tuple(files.unpack(one.tokens)),
+        tokens=tuple(unpack(one.tokens)),
         finished=one.finished,
         prompt_tokens=one.prompt_tokens,
         cached_tokens=one.cached_tokens,
         ok=one.finish_reason in (None, "stop", "length"),
         finish_reason=one.finish_reason,
-        chunks=None if one.chunks is None else tuple(files.unpack(one.chunks)),
+        chunks=None if one.chunks is None else tuple(unpack(one.chunks)),
         draft_tokens=one.draft_tokens,
         accepted_tokens=one.accepted_tokens,
     )

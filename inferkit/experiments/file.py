@@ -449,6 +449,22 @@ def _with_numbers(file: ExperimentFile, convert: Any) -> ExperimentFile:
     return msgspec.structs.replace(file, requests=[entry(one) for one in file.requests])
 
 
+# -- what is written of names --------------------------------------------------------------------
+
+
+def public_name(name: str, *, local: bool = False) -> str:
+    """A model's name or reference without the folders on the way to it, which tell of people.
+
+    Args:
+        name: As the model was loaded.
+        local: Whether that was from a folder or file, so that every part but the last is one.
+    """
+    looks_local = name.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
+    if not (local or looks_local):
+        return name
+    return PurePath(name.replace("\\", "/")).name or "model"
+
+
 # -- its bytes ------------------------------------------------------------------------------------
 
 
@@ -591,17 +607,7 @@ def _fault(one: RequestEntry, file: ExperimentFile) -> str:
     return ""
 
 
-def public_name(name: str, *, local: bool = False) -> str:
-    """A model's name or reference without the folders on the way to it, which tell of people.
-
-    Args:
-        name: As the model was loaded.
-        local: Whether that was from a folder or file, so that every part but the last is one.
-    """
-    looks_local = name.startswith((".", "~", "/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name)
-    if not (local or looks_local):
-        return name
-    return PurePath(name.replace("\\", "/")).name or "model"
+# -- its schema ----------------------------------------------------------------------------------
 
 
 def schema() -> dict[str, Any]:

@@ -155,9 +155,6 @@ def _how_they_differ(other: Sequence[str], found: Mapping[str, str]) -> str:
     return f"{', '.join(other[:4])} {what}"
 
 
-# -- the run --------------------------------------------------------------------------------------
-
-
 class _Run:
     """One replay under way.
 
@@ -333,14 +330,16 @@ class _Run:
             interrupted = True
             self._note("it was interrupted: what follows was not run")
         finally:
-            with ExitStack() as stack:  # each of them, the last first, whatever goes wrong with one
+            # Each of them, the last one first, whatever goes wrong with one.
+            with ExitStack() as stack:
                 stack.callback(self._recording.stop)
+                stack.enter_context(uninterrupted())  # or models would not be as they were
                 stack.callback(self._let_go, self._there)
                 stack.callback(self._end_changes)
                 stack.callback(self._end_requests)
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
-            outcomes = [_unfinished(o) for o in outcomes]
+            outcomes = [self._unfinished(o) for o in outcomes]
         measured.file.notes += self.notes  # for whoever sees it without the recording
         return Replay(self.recorded, measured, outcomes, self.notes)
 
@@ -363,6 +362,7 @@ class _Run:
                 self._change_meanwhile(event)
         for number in mine:
             while not self._requests[number].done:
+                self._check_changes()
                 time.sleep(_TICK / 10)
             shown.update(1)
         self._await(self._there)
@@ -370,10 +370,16 @@ class _Run:
 
     def _await(self, models: Collection[int]) -> None:
         """Let changes of these models come to their end: what follows them ran under them."""
-        changes = [change for model, change in self._changes if model in models]
-        _wait(changes)
-        for change in changes:
-            change.result()  # or what it raised
+        while not all(change.done() for model, change in self._changes if model in models):
+            self._check_changes()
+            time.sleep(_TICK / 10)
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        """Raise what a change raised: what was to follow it would run as it was not recorded."""
+        for _, change in self._changes:
+            if change.done():
+                change.result()
 
     def _end_requests(self) -> None:
         for request in self._requests.values():
@@ -384,8 +390,7 @@ class _Run:
     def _end_changes(self) -> None:
         """Wait for those under way, which would go on when all is as it was; begin no other."""
         for pool in self._changing.values():
-            pool.shutdown(wait=False, cancel_futures=True)
-        _wait([change for _, change in self._changes])
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(self, numbers: Sequence[int]) -> list[int]:
         arrival = time.perf_counter_ns()
@@ -464,13 +469,14 @@ class _Run:
     # -- comparing ------------------------------------------------------------------------------
 
     def _look_at_differences(self, numbers: Sequence[int]) -> None:
-        """Whether rounding explains where outputs differ, while the mode is the same still."""
+        """Whether rounding explains where outputs differ, in the mode in which they came."""
         for number in numbers:
             one = self.recorded.file.requests[number]
             recorded, got = generation_of(one), self._requests[number].result()
             at, ids = _where_they_part(got, recorded), recorded.token_ids
             if at is None or at >= min(len(ids), len(got.token_ids)):
                 continue
+            self._change(self.recorded.file.modes[one.mode])  # another may have followed it
             self._judged[number] = judge(
                 self.models[one.model],
                 replace(got.params, seed=one.seed),
@@ -513,6 +519,19 @@ class _Run:
         kind, reason = self._why(one, got, judged)
         gap = None if judged is None else judged.gap
         return Outcome(number, recorded, got, at, gap, kind, reason)
+
+    def _unfinished(self, outcome: Outcome) -> Outcome:
+        """Of an interrupted replay: what was cut off, or not looked at, is no difference."""
+        number, got, at = outcome.request, outcome.measured, outcome.difference
+        if not runs_again(self.recorded.file.requests[number]):
+            return outcome
+        if got is not None and got.finish_reason != "cancelled":
+            length = min(len(got.token_ids), len(outcome.recorded.token_ids))
+            if number in self._judged or at is None or at >= length:
+                return outcome
+        return replace(
+            outcome, kind="interrupted", reason="the replay was interrupted", difference=None
+        )
 
     def _why(self, one: RequestEntry, got: Generation, judged: Judgement | None) -> tuple[str, str]:
         """What kind of difference it is, and what is likely to be the reason."""
@@ -616,22 +635,6 @@ def _up_to(one: RequestEntry) -> str:
     """Up to where the tokens were the same, where the recorded request has no end of its own."""
     cut = what_cut(one)
     return f"up to where it {cut}, after {len(unpack(one.tokens))} tokens" if cut else ""
-
-
-def _unfinished(outcome: Outcome) -> Outcome:
-    """Of an interrupted replay: what was cut off is no difference."""
-    got = outcome.measured
-    if got is None or got.finish_reason == "cancelled":
-        return replace(
-            outcome, kind="interrupted", reason="the replay was interrupted", difference=None
-        )
-    return outcome
-
-
-def _wait(changes: Collection[Future[None]]) -> None:
-    """Wait until they are done, so that an interrupt ends it on every platform."""
-    while not all(change.done() for change in changes):
-        time.sleep(_TICK / 10)
 
 
 def _sleep(seconds: float) -> None:

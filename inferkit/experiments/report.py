@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from inferkit.experiments.difference import QUANTITIES, Difference, Table
 from inferkit.experiments.experiment import Experiment, generation_of
-from inferkit.experiments.file import (
-    ModeEntry,
-    RequestEntry,
-)
+from inferkit.experiments.file import ModeEntry, RequestEntry
 from inferkit.experiments.store import check_free, local_path, write_bytes, writing
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary

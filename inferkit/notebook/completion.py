@@ -115,7 +115,9 @@ def _values(
     """What an option or argument may be."""
     kind = how.get("metavar")
     if kind == "MODEL":
-        return [*references.get(), *_files(fragment)]
+        # Of several it is said whose each is: NAME=MODEL.
+        whose, mark, ref = fragment.rpartition("=") if "action" in how else ("", "", fragment)
+        return [f"{whose}{mark}{found}" for found in (*references.get(), *_files(ref))]
     if kind in ("FILE", "PATH"):
         return _files(fragment)
     if name == "command":
@@ -127,6 +129,8 @@ def _values(
 
 def _files(begun: str) -> list[str]:
     """Files and folders whose path begins like this; not those whose names need quotes."""
+    if begun == "~":
+        return ["~/"]
     whole = os.path.expanduser(begun)
     paths = sorted(glob.glob(f"{glob.escape(whole)}*"))
     ends = [path[len(whole) :] + (os.sep if os.path.isdir(path) else "") for path in paths]

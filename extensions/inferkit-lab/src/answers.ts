@@ -54,10 +54,13 @@ export function answerOf(found: Record<string, Evaluated>): Answer {
 
 /** Why a kernel has not done what it was asked. */
 export function failureOf({ status, ename, evalue }: Evaluated): string {
-  // A kernel without subshells drops what waits for a cell, where that fails.
-  return status === 'error'
-    ? evalue || ename || 'Error'
-    : 'The cell that ran before failed or was interrupted.';
+  if (status !== 'error') {
+    // A kernel without subshells drops what waits for a cell, where that fails.
+    return 'The cell that ran before failed or was interrupted.';
+  }
+  return ename === 'KeyboardInterrupt'
+    ? 'The kernel was interrupted.'
+    : evalue || ename || 'Error';
 }
 
 /** Python that calls a function of a module; strings of JSON are strings of Python. */

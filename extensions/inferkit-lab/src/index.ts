@@ -320,9 +320,9 @@ function activate(
       }
       let model = args['model'] as string | undefined;
       if (model === undefined) {
-        const kernelId = current()?.kernelId; // another may be in front afterwards
         await watch.refresh();
-        model = known(kernelId)?.state?.models.at(-1)?.name ?? '';
+        const of = [...notebooks()].find(([, opened]) => opened === path);
+        model = known(of?.[0])?.state?.models.at(-1)?.name ?? '';
       }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));

@@ -127,6 +127,9 @@ export class PanelTab extends MainAreaWidget {
     if (this._area !== area) {
       return; // closed, or begun anew
     }
+    if (id.ename === 'KeyboardInterrupt') {
+      throw new Error(failureOf(id));
+    }
     if (id.status !== 'ok') {
       this._say(failureOf(id), AGAIN);
       return;

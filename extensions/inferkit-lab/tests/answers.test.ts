@@ -54,6 +54,9 @@ test('what waited for a cell that failed says so, and an error without words its
   const error = { status: 'error', ename: 'AssertionError', evalue: '' };
   expect(failureOf(error)).toBe('AssertionError');
   expect(failureOf({ ...error, evalue: 'odd' })).toBe('odd');
+  expect(failureOf({ ...error, ename: 'KeyboardInterrupt' })).toBe(
+    'The kernel was interrupted.'
+  );
 });
 
 test('a state of another version is refused', () => {

@@ -118,7 +118,7 @@ def _request(one: _Stats, reason: str, start: float, began: float) -> RequestEnt
         last=last,
         tokens=timings.token_iterations if tokens is None else tokens,
         finished=at(ended),
-        prompt_tokens=max(inputs.total_tokens or 0, cached),  # not every report has a total
+        prompt_tokens=cached if inputs.total_tokens is None else inputs.total_tokens,
         finish_reason=reason,
         text=one.output or "",
         error=common.failure(one.info.error) if reason == "error" else None,
