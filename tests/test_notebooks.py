@@ -192,9 +192,9 @@ class TestQuickstart:
 def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     demo_model_path: Path, tmp_path: Path
 ) -> None:
-    # Two modes, of which one is quick to make, one batch, few tokens and a short text, and one
-    # reference for both measurements of fidelity: the whole of it takes minutes.
-    asked = '["The capital of France is", "Once upon a time"]'
+    # Two modes, of which one is quick to make, one batch, few prompts and tokens, a short text, and
+    # one reference for both measurements of fidelity: the whole of it takes minutes.
+    asked = '["The capital of France is"]'
     short = (
         "from inferkit import reference\n"
         f"reference.PROMPTS, reference.default_text = {asked}, lambda: {FEW_WORDS!r}\n"
@@ -205,13 +205,14 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
         'quantize("nf4", double_quant=True': 'quantize("int8wo"',
         'quantize("nf4"': 'quantize("int8wo"',
         "[1, 4]": "4",
+        "prompts=prompts,": "prompts=prompts[:2],",
         "repeat=3": "repeat=1",
         "max_tokens=8,": "max_tokens=4, repeat=1,",
         "max_tokens=32": "max_tokens=8",
         '("always", "never")': '("always",)',
         "for prompt in prompts": "for prompt in prompts[:2]",
-        "[4, 16] * 4": "[2, 6]",
-        f"{asked}, progress": f"{asked}, max_tokens=4, progress",
+        "[4, 16] * 4": "[2, 4]",
+        '["The capital of France is", "Once upon a time"], p': f"{asked}, max_tokens=4, p",
         "progress=False), progress": "progress=False), max_tokens=4, progress",
     }
     fresh = run_smaller(QUANTIZATION, tmp_path, parts)

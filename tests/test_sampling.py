@@ -425,9 +425,7 @@ def test_the_context_ends_a_generation_that_would_outgrow_it(model):
         ({"seed": 10**309}, "seed is out of range"),
         ({"temperature": 10**400}, "temperature is out of range"),
         ({"temperature": Fraction(10**400)}, "temperature is out of range"),
-        pytest.param(
-            {"seed": -(10**5000)}, "seed is out of range", id="no digits"
-        ),
+        pytest.param({"seed": -(10**5000)}, "seed is out of range", id="no digits"),
         ({"temperature": "hot"}, "'hot' is not a number"),
         ({"temperature": None}, "not a number"),
         ({"top_p": 1.1}, "from 0 to 1"),

@@ -487,7 +487,7 @@ class _Clone:
             return self._running()
         text = _text(notebook)
         for base in (self.root, Path.cwd()):
-            path = self._from_root(base / text)
+            path = self._from_root(base / os.path.expanduser(text))
             if path is not None and os.path.exists(self.root / path):
                 return path, []
         return _inside(text), []
