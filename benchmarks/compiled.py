@@ -154,7 +154,7 @@ def bandwidth(device: str) -> float:
 def device_name(device: str) -> str:
     import torch
 
-    return "cpu" if device == "cpu" else torch.cuda.getdevice_name(device)
+    return "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
 
 
 if __name__ == "__main__":

@@ -384,7 +384,7 @@ def _scaling(results: dict[str, Any]) -> Iterator[str]:
         (
             f"{context:,}",
             *(
-                f"{row['step_ms']['median']:.1f} ({row['limit_ms']:.1f})"
+                f"{row['step_ms']['median']:.2f} ({row['limit_ms']:.2f})"
                 for row in (cells[context, batch] for batch in batches)
             ),
         )

@@ -1,6 +1,6 @@
 """Measure inferkit, and the engines that people would use instead, on this machine.
 
-    python benchmarks/run.py                          # everything: about 35 minutes on two cores
+    python benchmarks/run.py                          # everything: about 45 minutes on two cores
     python benchmarks/run.py speed --engines inferkit generate --rounds 3
     python benchmarks/run.py plan imports
 

@@ -9,9 +9,12 @@ by round.
 step
     the median over the rounds.
 limit
-    the time to read every weight that a step reads and every row's keys and values once, at the
-    bandwidth that this process measured in the same run. No step is faster; where one takes much
-    longer, it is bound by its arithmetic, or by the number of its operations.
+    the time to read once every weight that a step reads and all keys and values that it reads of
+    each row (those of a window and a chunk, where a layer has a window), at the bandwidth that a
+    sum in this process had in the same run. Where a step takes much longer, it is bound by its
+    arithmetic, or by the number of its operations.
+
+Batches whose KV cache does not fit are left out.
 """
 
 from __future__ import annotations
@@ -45,14 +48,11 @@ def measure(
     import inferkit as ik
 
     torch.set_num_threads(threads)
+    name = device_name(device)
+    shape = {"device": device, "dtype": dtype, "context": max(contexts)}
+    batches = [batch for batch in batches if ik.plan(path, max_batch=batch, **shape).fits]
     with ik.load(
-        path,
-        device=device,
-        dtype=dtype,
-        context=max(contexts),
-        max_batch=max(batches),
-        prefix_reuse=False,
-        progress=False,
+        path, max_batch=max(batches), prefix_reuse=False, progress=False, **shape
     ) as model:
         model.compilation.wait()
         engine = model._parts.engine
@@ -77,7 +77,7 @@ def measure(
             for context, batch in cells
         ]
         return {
-            "device": device_name(device),
+            "device": name,
             "torch": torch.__version__,
             "dtype": model.dtype,
             "step": str(model.compilation),
@@ -102,10 +102,12 @@ def _step(runner: Any, context: int, batch: int) -> float:
 
     rows = runner.rows(batch)
     positions = [context - 1] * rows
-    began = time.perf_counter()
     with torch.inference_mode():
-        runner.decode([5] * rows, positions).argmax(-1).tolist()
-    return time.perf_counter() - began
+        for _ in range(2):  # the first makes the threads that an idle engine has given back
+            began = time.perf_counter()
+            runner.decode([5] * rows, positions).argmax(-1).tolist()
+            took = time.perf_counter() - began
+    return took
 
 
 if __name__ == "__main__":

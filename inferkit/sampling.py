@@ -14,7 +14,6 @@ import difflib
 import math
 import numbers
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -101,7 +100,6 @@ class SamplingParams:
         return cls(**known)
 
 
-_LARGEST = sys.float_info.max
 # (name, lowest, highest, type); None for an open end.
 _RANGES: tuple[tuple[str, float | None, float | None, type], ...] = (
     ("max_tokens", 1, None, int),
@@ -159,9 +157,8 @@ def _checked_number(
     try:
         whole = number and math.isfinite(value) and value == int(value)
     except OverflowError:  # not shown: it may have more digits than Python writes, or JSON reads
-        raise OptionError(
-            f"{name} is out of range: it must be from -{_LARGEST:.1e} to {_LARGEST:.1e}."
-        ) from None
+        least, most = ("-1e308" if low is None else low), ("1e308" if high is None else high)
+        raise OptionError(f"{name} is out of range: it must be from {least} to {most}.") from None
     if not number or math.isnan(value) or (kind is int and not whole):
         raise OptionError(f"{name}={value!r} is not {'an integer' if kind is int else 'a number'}.")
     if (low is not None and value < low) or (high is not None and value > high):

@@ -638,6 +638,7 @@ def overlapping(
 ) -> Iterator[ik.Experiment]:
     """A model becomes nf4, and then something else, while another one generates."""
     monkeypatch.setattr(recording, "_TICK", 0.01)  # each change is seen, without a request
+    model.quantize("nf4", progress=False).quantize("none", progress=False)  # quicker next time
     with ik.load(tiny_model("qwen3"), context=4096, progress=False) as other:
         with ik.record("two", path=path, progress=False) as exp:
             long = other.submit("Meanwhile", max_tokens=4000, ignore_eos=True)
@@ -699,6 +700,46 @@ def test_changes_of_mode_that_take_longer_here_are_waited_for_in_their_order(
     assert min(gen.latency.queue for gen in last) < 0.5
 
 
+def test_a_difference_is_judged_in_the_mode_in_which_it_came(
+    overlapping: ik.Experiment, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, late = overlapping.file.requests[1], overlapping.file.requests[-1]
+    for one in (early, late):
+        ids = list(files.unpack(one.token_ids))
+        one.token_ids = [*ids[:5], (ids[5] + 1) % 100, *ids[6:]]
+    seen = []
+
+    def judge(of: ik.Model, *args: Any) -> rounding.Judgement:
+        seen.append(of.quantization)
+        time.sleep(0.1)  # so that a change would be recorded
+        return rounding.judge(of, *args)
+
+    monkeypatch.setattr(replay, "judge", judge)
+    found = ik.replay(overlapping, progress=False)
+    assert seen == ["none", "nf4"]
+    assert [o.kind for o in found.outcomes].count("differs") == 2
+    measured = found.measured.file
+    (number,) = (i for i, entry in enumerate(measured.models) if entry.name == model.name)
+    modes = [mode.quantize for mode in measured.modes if mode.model == number]
+    assert [quantize for quantize, _ in itertools.groupby(modes)] == ["none", "nf4"]
+
+
+def test_a_difference_that_cannot_be_judged_says_why(
+    overlapping: ik.Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = overlapping.file.requests[1]
+    ids = list(files.unpack(one.token_ids))
+    one.token_ids = [*ids[:5], (ids[5] + 1) % 100, *ids[6:]]
+
+    def full(*_: Any) -> None:
+        raise ik.DoesNotFitError("no room")
+
+    monkeypatch.setattr(replay._Run, "_as_it_came", full)
+    outcome = ik.replay(overlapping, progress=False).outcomes[1]
+    assert outcome.kind == "differs"
+    assert outcome.reason.startswith("it was not judged in none (no room)")
+
+
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -713,12 +754,14 @@ def test_an_interrupt_during_a_change_of_mode_leaves_the_models_as_they_were(
 ) -> None:
     shutdown = ThreadPoolExecutor.shutdown
 
-    def end(pool: ThreadPoolExecutor, **options: Any) -> None:
+    def end(pool: ThreadPoolExecutor, *args: Any, **options: Any) -> None:
+        if pool._thread_name_prefix != "inferkit-replay":
+            return shutdown(pool, *args, **options)
         shutdown(pool, wait=False, cancel_futures=True)
         if again:
             interrupt()
         slow_change.go_on.set()
-        shutdown(pool, **options)
+        return shutdown(pool, *args, **options)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", end)
     slow_change.seconds = 60

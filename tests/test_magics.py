@@ -565,6 +565,7 @@ def test_completion(
         ("%infer replay fi", ["first.inferkit.json"]),
         ("%infer replay first.inferkit.json --model=./m", ["./models/"]),
         ("%infer replay first.inferkit.json --model=tiny=./m", ["tiny=./models/"]),
+        ("%infer replay first.inferkit.json --model=run=3/m", ["run=3/m/"]),
         ("%infer record --path mo", ["models/"]),
     ],
 )
@@ -577,6 +578,7 @@ def test_completion_of_paths(
 ) -> None:
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "model 1.gguf").touch()
+    (tmp_path / "run=3" / "m").mkdir(parents=True)
     (tmp_path / "models" / "[1]").mkdir()
     (tmp_path / "models" / "[1]" / "a.gguf").touch()
     (tmp_path / "first.inferkit.json").touch()

@@ -14,8 +14,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -191,6 +191,7 @@ class Recording:
         self._file = file
         self._journal: store.Journal | None = None
         self._notes: deque[_Note] = deque()
+        self._overlook = False
         self._models: list[Model] = []
         self._names: dict[str, str] = {}  # in the file, by what models were loaded as
         self._on_load = _Hook(registry.on_load, self.follow)
@@ -351,6 +352,16 @@ class Recording:
         now = time.perf_counter_ns()
         self._notes.append(_Note(number, tuple(requests), _mode(model), now))
 
+    @contextmanager
+    def overlooking(self) -> Iterator[None]:
+        """Record no change of mode in the body, whose end finds all modes as they were."""
+        with self._lock:  # and not while one is looked for
+            self._overlook = True
+        try:
+            yield
+        finally:
+            self._overlook = False
+
     # -- the thread -----------------------------------------------------------------------------
 
     def _loop(self) -> None:
@@ -368,7 +379,7 @@ class Recording:
                 followed = _Followed(request, len(self._file.requests))
                 self._tell([files.NewRequest(self._entry(note.model, mode, request))])
                 self._live.append(followed)
-        for number in self._on_submit:
+        for number in () if self._overlook else self._on_submit:
             self._changed(number, _mode(self._models[number]), time.perf_counter_ns())
         self._tell([line for followed in self._live if (line := self._news(followed))])
         self._live = [f for f in self._live if self._file.requests[f.number].finish_reason is None]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from inferkit import catalog, registry
 from inferkit.devices import attached_names
 from inferkit.engine.guesses import DRAFT
-from inferkit.errors import ExperimentError, OptionError
+from inferkit.errors import ExperimentError, InferkitError, OptionError, first_line
 from inferkit.experiments.difference import first_difference
 from inferkit.experiments.experiment import Experiment, checked_pause, generation_of, opened
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
@@ -76,7 +76,8 @@ def replay(
     begin ``pause`` seconds at most after it. As in the recording, loading lies between the requests
     before and after it, and in rates over all of them.
 
-    An interrupt ends the run and keeps what has been measured.
+    An interrupt ends the run and keeps what has been measured; another one while models get their
+    settings back takes effect after that, and keeps nothing.
 
     Args:
         experiment: An experiment, or the path of one.
@@ -178,6 +179,7 @@ class _Run:
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement] = {}
+        self._unjudged: dict[int, str] = {}  # and why
         # Of modes while requests run: a model's own come one after the other, in their order.
         self._changes: list[tuple[int, Future[None]]] = []
         self._changing: dict[int, ThreadPoolExecutor] = {}
@@ -429,6 +431,15 @@ class _Run:
         self._compile(self.models[mode.model], mode.step == "compiled")
 
     def _change(self, mode: ModeEntry) -> None:
+        self._quantize(mode)
+        self.models[mode.model].configure(
+            batching=mode.batching,  # type: ignore[arg-type]
+            max_batch=mode.max_batch,
+            context=mode.context,
+            speculative=self._guessing(mode),
+        )
+
+    def _quantize(self, mode: ModeEntry) -> None:
         model = self.models[mode.model]
         if not model.plan.format.stored:
             model.quantize(
@@ -437,12 +448,6 @@ class _Run:
                 compute_dtype=mode.compute_dtype,
                 progress=self._progress,
             )
-        model.configure(
-            batching=mode.batching,  # type: ignore[arg-type]
-            max_batch=mode.max_batch,
-            context=mode.context,
-            speculative=self._guessing(mode),
-        )
 
     def _guessing(self, mode: ModeEntry) -> str:
         """How next tokens are guessed here: a draft model is not loaded, for no token needs it."""
@@ -469,23 +474,40 @@ class _Run:
     # -- comparing ------------------------------------------------------------------------------
 
     def _look_at_differences(self, numbers: Sequence[int]) -> None:
-        """Whether rounding explains where outputs differ, in the mode in which they came."""
+        """Whether rounding explains where outputs differ."""
         for number in numbers:
             one = self.recorded.file.requests[number]
             recorded, got = generation_of(one), self._requests[number].result()
             at, ids = _where_they_part(got, recorded), recorded.token_ids
             if at is None or at >= min(len(ids), len(got.token_ids)):
                 continue
-            self._change(self.recorded.file.modes[one.mode])  # another may have followed it
-            self._judged[number] = judge(
-                self.models[one.model],
-                replace(got.params, seed=one.seed),
-                got.prompt_token_ids,
-                ids[:at],
-                got.token_ids[at],
-                ids[at],
-                self._limit(one, recorded, got),
-            )
+            try:
+                with self._recording.overlooking(), self._as_it_came(one, got) as model:
+                    self._judged[number] = judge(
+                        model,
+                        replace(got.params, seed=one.seed),
+                        got.prompt_token_ids,
+                        ids[:at],
+                        got.token_ids[at],
+                        ids[at],
+                        self._limit(one, recorded, got),
+                    )
+            except InferkitError as error:  # there is no room for another mode, say
+                ran = got.settings.quantization
+                self._unjudged[number] = f"it was not judged in {ran} ({first_line(error)})"
+
+    @contextmanager
+    def _as_it_came(self, one: RequestEntry, got: Generation) -> Iterator[Model]:
+        """The model in the mode in which a request ran, which another may have followed."""
+        model, ran = self.models[one.model], got.settings.quantization
+        modes = (m for m in self.recorded.file.modes if m.model == one.model and m.format == ran)
+        mode = next(modes, None)
+        if mode is None or str(model.plan.format) == ran:
+            yield model
+            return
+        with _as_it_was(model, self._progress):
+            self._quantize(mode)
+            yield model
 
     def _limit(self, one: RequestEntry, recorded: Generation, got: Generation) -> float:
         """Nats that rounding may be wrong by."""
@@ -516,7 +538,8 @@ class _Run:
             kind, reason = ("differs", other) if other else ("equal", _up_to(one))
             return Outcome(number, recorded, got, None, None, kind, reason)
         judged = self._judged.get(number)
-        kind, reason = self._why(one, got, judged)
+        said = judged or self._unjudged.get(number, "one of the two ends here")
+        kind, reason = self._why(one, got, said)
         gap = None if judged is None else judged.gap
         return Outcome(number, recorded, got, at, gap, kind, reason)
 
@@ -533,12 +556,12 @@ class _Run:
             outcome, kind="interrupted", reason="the replay was interrupted", difference=None
         )
 
-    def _why(self, one: RequestEntry, got: Generation, judged: Judgement | None) -> tuple[str, str]:
+    def _why(self, one: RequestEntry, got: Generation, judged: Judgement | str) -> tuple[str, str]:
         """What kind of difference it is, and what is likely to be the reason."""
         others = self._what_differs(one)
         because = f"; other {', '.join(others)}" if others else "; the same settings and versions"
-        if judged is None:
-            return "differs", f"one of the two ends here{because}"
+        if isinstance(judged, str):
+            return "differs", f"{judged}{because}"
         if judged.near:
             return "rounding", f"{judged.said}: rounding decides{because}"
         return (

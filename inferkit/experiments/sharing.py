@@ -486,11 +486,12 @@ class _Clone:
         if notebook is None:
             return self._running()
         text = _text(notebook)
+        whole = os.path.expanduser(text)
         for base in (self.root, Path.cwd()):
-            path = self._from_root(base / os.path.expanduser(text))
+            path = self._from_root(base / whole)
             if path is not None and os.path.exists(self.root / path):
                 return path, []
-        return _inside(text), []
+        return _inside(whole), []
 
     def _from_root(self, path: Path) -> str | None:
         """A path of this machine as it is in the repository; None where it is outside of it."""

@@ -115,9 +115,11 @@ def _values(
     """What an option or argument may be."""
     kind = how.get("metavar")
     if kind == "MODEL":
-        # Of several it is said whose each is: NAME=MODEL.
-        whose, mark, ref = fragment.rpartition("=") if "action" in how else ("", "", fragment)
-        return [f"{whose}{mark}{found}" for found in (*references.get(), *_files(ref))]
+        found = [*references.get(), *_files(fragment)]
+        whose, mark, ref = fragment.partition("=")
+        if mark and how.get("action") == "append":  # of several it is said whose it is: NAME=MODEL
+            found += [f"{whose}={each}" for each in (*references.get(), *_files(ref))]
+        return found
     if kind in ("FILE", "PATH"):
         return _files(fragment)
     if name == "command":

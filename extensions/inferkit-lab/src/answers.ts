@@ -25,12 +25,19 @@ export interface Evaluated {
   evalue?: string;
 }
 
+/** The name of an interrupt, which has no message. */
+export const INTERRUPT = 'KeyboardInterrupt';
+
 /** The answer, or why there is none: for one, because the kernel's inferkit is too old. */
 export function answerOf(found: Record<string, Evaluated>): Answer {
   const { answer, version } = found;
   const told = answer?.data?.[JSON_TYPE];
   if (told !== undefined) {
     return told as unknown as Answer;
+  }
+  const ended = [answer, version].find(one => one?.ename === INTERRUPT);
+  if (ended) {
+    return refusal(failureOf(ended));
   }
   if (version?.status !== 'ok') {
     return refusal(
@@ -58,7 +65,7 @@ export function failureOf({ status, ename, evalue }: Evaluated): string {
     // A kernel without subshells drops what waits for a cell, where that fails.
     return 'The cell that ran before failed or was interrupted.';
   }
-  return ename === 'KeyboardInterrupt'
+  return ename === INTERRUPT
     ? 'The kernel was interrupted.'
     : evalue || ename || 'Error';
 }

@@ -320,9 +320,10 @@ function activate(
       }
       let model = args['model'] as string | undefined;
       if (model === undefined) {
+        const panel = tracker.find(one => one.context.path === path);
+        const kernelId = kernelOf(panel ?? null);
         await watch.refresh();
-        const of = [...notebooks()].find(([, opened]) => opened === path);
-        model = known(of?.[0])?.state?.models.at(-1)?.name ?? '';
+        model = known(kernelId)?.state?.models.at(-1)?.name ?? '';
       }
       const options: TabOptions = { path, model };
       const former = tabs.find(tab => tab.id === PanelTab.idOf(options));

@@ -12,7 +12,7 @@ import {
 import type { Kernel, KernelMessage } from '@jupyterlab/services';
 import { Widget } from '@lumino/widgets';
 import { evaluate, execute, onSubshell, replyTo } from './actions';
-import { expression, failureOf } from './answers';
+import { INTERRUPT, expression, failureOf } from './answers';
 import { inferenceIcon } from './names';
 import { messageOf } from './watch';
 
@@ -127,7 +127,7 @@ export class PanelTab extends MainAreaWidget {
     if (this._area !== area) {
       return; // closed, or begun anew
     }
-    if (id.ename === 'KeyboardInterrupt') {
+    if (id.ename === INTERRUPT) {
       throw new Error(failureOf(id));
     }
     if (id.status !== 'ok') {

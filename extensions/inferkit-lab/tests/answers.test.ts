@@ -45,6 +45,10 @@ test('a kernel without inferkit, or with an older one, is told what it needs', (
     ok: false,
     text: 'ValueError: odd'
   });
+  const ended = { status: 'error', ename: 'KeyboardInterrupt', evalue: '' };
+  expect(answerOf({ answer: ended, version: VERSION }).text).toBe(
+    'The kernel was interrupted.'
+  );
 });
 
 test('what waited for a cell that failed says so, and an error without words its name', () => {
