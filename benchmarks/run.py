@@ -55,13 +55,8 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(asked.threads) | {"busy_before": quiet},
     }
-    steps = {
-        "path": str(model),
-        "threads": asked.threads,
-        "batches": asked.batches,
-        "tokens": asked.tokens,
-        "rounds": asked.rounds,
-    }
+    timed = {"path": str(model), "threads": asked.threads, "rounds": asked.rounds}
+    steps = timed | {"batches": asked.batches, "tokens": asked.tokens}
     parts: dict[str, Callable[[], Any]] = {
         "speed": lambda: _speed(asked, model, gguf),
         "overhead": lambda: in_fresh_process("overhead.py", **steps),
@@ -75,20 +70,8 @@ def main() -> None:
             "speculation.py", **steps | {"batches": _SPECULATED}, device=asked.device
         ),
         "tiles": lambda: in_fresh_process("tiles.py", **steps),
-        "scaling": lambda: in_fresh_process(
-            "scaling.py",
-            path=str(model),
-            threads=asked.threads,
-            rounds=asked.rounds,
-            device=asked.device,
-        ),
-        "panel": lambda: in_fresh_process(
-            "panel.py",
-            path=str(model),
-            threads=asked.threads,
-            rounds=asked.rounds,
-            plotly=asked.plotly,
-        ),
+        "scaling": lambda: in_fresh_process("scaling.py", **timed, device=asked.device),
+        "panel": lambda: in_fresh_process("panel.py", **timed, plotly=asked.plotly),
         "imports": lambda: in_fresh_process(
             "imports.py", threads=asked.threads, rounds=2 * asked.rounds
         ),

@@ -178,8 +178,7 @@ class _Run:
         self._other_files: dict[int, list[str]] = {}  # that are not as recorded
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
-        self._judged: dict[int, Judgement] = {}
-        self._unjudged: dict[int, str] = {}  # and why
+        self._judged: dict[int, Judgement | str] = {}  # or why not
         # Of modes while requests run: a model's own come one after the other, in their order.
         self._changes: list[tuple[int, Future[None]]] = []
         self._changing: dict[int, ThreadPoolExecutor] = {}
@@ -494,7 +493,7 @@ class _Run:
                     )
             except InferkitError as error:  # there is no room for another mode, say
                 ran = got.settings.quantization
-                self._unjudged[number] = f"it was not judged in {ran} ({first_line(error)})"
+                self._judged[number] = f"it was not judged in {ran} ({first_line(error)})"
 
     @contextmanager
     def _as_it_came(self, one: RequestEntry, got: Generation) -> Iterator[Model]:
@@ -537,10 +536,9 @@ class _Run:
             other = _other_end(one, recorded, got)
             kind, reason = ("differs", other) if other else ("equal", _up_to(one))
             return Outcome(number, recorded, got, None, None, kind, reason)
-        judged = self._judged.get(number)
-        said = judged or self._unjudged.get(number, "one of the two ends here")
-        kind, reason = self._why(one, got, said)
-        gap = None if judged is None else judged.gap
+        judged = self._judged.get(number, "one of the two ends here")
+        kind, reason = self._why(one, got, judged)
+        gap = None if isinstance(judged, str) else judged.gap
         return Outcome(number, recorded, got, at, gap, kind, reason)
 
     def _unfinished(self, outcome: Outcome) -> Outcome:

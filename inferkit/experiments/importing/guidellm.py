@@ -107,8 +107,8 @@ def _request(one: _Stats, reason: str, start: float, began: float) -> RequestEnt
     def at(time: float | None) -> int | None:
         return None if time is None else arrival + nanoseconds(time - start)
 
-    cached = one.input_metrics.cached_tokens or 0
-    prompt = one.input_metrics.total_tokens
+    cached, total = one.input_metrics.cached_tokens or 0, one.input_metrics.total_tokens
+    prompt = cached if total is None else total
     first, last = at(timings.first_token_iteration), at(timings.last_token_iteration)
     known = (first, last) if timings.token_iterations == 2 else (first,)
     ended = timings.resolve_end if timings.request_end is None else timings.request_end
@@ -118,9 +118,9 @@ def _request(one: _Stats, reason: str, start: float, began: float) -> RequestEnt
         last=last,
         tokens=timings.token_iterations if tokens is None else tokens,
         finished=at(ended),
-        prompt_tokens=cached if prompt is None else prompt,
+        prompt_tokens=prompt,
         finish_reason=reason,
         text=one.output or "",
         error=common.failure(one.info.error) if reason == "error" else None,
-        cached_tokens=cached if prompt is None else min(cached, prompt),
+        cached_tokens=min(cached, prompt),
     )
