@@ -16,11 +16,12 @@ PEERS := .venv-peers
 ENGINES := transformers llamacpp vllm
 # Two tests at a time, each file in one process: what a file's tests share is made once.
 PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
-FAST := not slow and not demo and not browser and not gpu and not peers and not binder
+FAST := not slow and not thorough and not demo and not browser and not gpu and not peers \
+	and not binder
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lab lab-dev test test-fast lint format bench bench-peers gpu-check binder-check \
-	browser clean distclean
+.PHONY: help install demo lab lab-dev test test-all test-fast lint format bench bench-peers gpu-check \
+	binder-check browser clean distclean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,7 +53,10 @@ lab: $(INSTALLED) ## Open the notebooks in JupyterLab, with the extension
 lab-dev: $(INSTALLED) ## Build the JupyterLab extension again whenever a file of it changes
 	$(PY) extensions/labextension.py watch
 
-test: $(INSTALLED) browser ## Run all tests that this machine can run
+test: $(INSTALLED) browser ## Run the tests: what CI runs
+	$(PY) -m pytest -m "not thorough and not peers and not binder" $(PARALLEL) $(TEST_ARGS)
+
+test-all: $(INSTALLED) browser ## Run those as well that take a minute or more each
 	$(PY) -m pytest -m "not peers and not binder" $(PARALLEL) $(TEST_ARGS)
 
 test-fast: $(INSTALLED) ## Run the tests that need neither the demo model nor a browser

@@ -866,6 +866,7 @@ def test_demo_tokens_and_sizes(demo_model_path: Path) -> None:
     assert [m.kind for m in catalog.cached_models() if m.ref == "demo"] == ["demo"]
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 @pytest.mark.slow
 def test_demo_logits_equal_those_of_the_gguf_in_transformers(

@@ -182,6 +182,7 @@ def test_quantized_layers_run_their_own_code_and_unquantized_ones_the_compiled(
     assert say(model) == wanted
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_weights_in_four_bits_run_compiled_too(load: Callable[..., ik.Model]) -> None:
     model = load("llama", quantize="int4wo", compile=False)

@@ -906,7 +906,9 @@ def test_a_forward_pass_of_ones_own_keeps_no_weights(folder: Path) -> None:
 
 
 @pytest.mark.demo
-@pytest.mark.parametrize(("mode", "rounds"), [("none", 3), ("nf4", 2)])
+@pytest.mark.parametrize(
+    ("mode", "rounds"), [("none", 3), pytest.param("nf4", 2, marks=pytest.mark.thorough)]
+)
 def test_unloading_gives_the_memory_back_whoever_holds_what(
     demo_model_path: Path, mode: str, rounds: int
 ) -> None:
@@ -952,6 +954,7 @@ def test_memory_is_flat_over_five_hundred_requests(folder: Path) -> None:
     assert numbers[-1] - numbers[0] < 16
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 def test_memory_is_flat_over_requests_to_the_demo_model(demo_model_path: Path) -> None:
     numbers = [after for _, after in measured(REQUESTS, "demo", "16", "4")]

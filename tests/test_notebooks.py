@@ -186,6 +186,7 @@ class TestQuickstart:
         assert drawn >= sum(PLOTLY in o.get("data", {}) for o in outputs(fresh.notebook)) >= 2
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -228,6 +229,7 @@ def test_quantization_notebook_compares_the_modes_on_the_demo_model(
     assert len(re.findall(r"^● +none ", table, re.MULTILINE)) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -248,6 +250,7 @@ def test_panel_notebook_keeps_what_the_panel_showed_last(
     assert len(itl["y"]) == 36 * 3  # three runs of twelve requests with 4 tokens each
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 @pytest.mark.slow
 @pytest.mark.timeout(900)

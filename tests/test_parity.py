@@ -472,6 +472,7 @@ def test_the_demo_model_in_fp32_gives_the_tokens_of_generate_at_batch_1_and_8(de
             check([submit(model, case, 12)], [case])
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 @pytest.mark.slow
 @pytest.mark.timeout(900)

@@ -282,6 +282,7 @@ def test_fidelity_is_measured_as_of_any_mode(tiny_model: Callable[[str], Path]) 
     assert said["int4wo"].reference == "none, float32"
 
 
+@pytest.mark.thorough
 @pytest.mark.demo
 def test_the_demo_model_counts_on_and_loses_more_in_four_bits(demo_model_path: Path) -> None:
     text = "Alice was beginning to get very tired of sitting by her sister on the bank, and of"

@@ -341,16 +341,19 @@ def probe(
 def nearness(runner: SlottedRunner, got: torch.Tensor, wanted: torch.Tensor) -> ProbeResult:
     """Compare logits [prompts, vocab] that should be the same but for rounding."""
     cosine = torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min().item()
-    return ProbeResult(cosine, 0.9999 if _exact(runner) else 0.97)
+    return ProbeResult(cosine, _needed(runner))
 
 
-def _exact(runner: SlottedRunner) -> bool:
-    """Whether the same numbers in another order give almost the same sum.
+def _needed(runner: SlottedRunner) -> float:
+    """The cosine that the same numbers reach when they are summed in another order.
 
-    Not in bf16 or fp16, nor where layers round their input: to bf16, or to 8 bits with a scale that
-    depends on what else is in the batch.
+    Quantized layers may round their input to 8 bits with a scale that depends on what else is in
+    the batch: the demo model in int8 comes to 0.962. With two of the probe's tokens swapped, or
+    one lost, it has 0.8, in any precision.
     """
-    return runner.dtype == torch.float32 and not is_quantized(runner.module)
+    if is_quantized(runner.module):
+        return 0.9
+    return 0.9999 if runner.dtype == torch.float32 else 0.97
 
 
 def require_decoder(config: Any) -> None:
