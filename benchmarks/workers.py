@@ -47,6 +47,7 @@ class Kind:
 
 KINDS = {
     "inferkit": Kind("inferkit", "inferkit_worker.py", None),
+    "inferkit-int4wo": Kind("inferkit, int4wo", "inferkit_worker.py", None, ("int4wo",)),
     "generate": Kind("transformers generate", "transformers_worker.py", "transformers"),
     "generate_batch": Kind(
         "transformers generate_batch", "generate_batch_worker.py", "transformers"

@@ -200,6 +200,7 @@ def test_rows_that_are_multiplied_by_tiles_are_not_compiled(
     runner = load("llama", dtype="bfloat16", compile=False)._parts.engine.runner
     job = compiling._job(runner.module, runner.geometry) | {"folder": str(tmp_path)}
     monkeypatch.setattr(tracing, "_compile", lambda program, target: target.touch())
+    monkeypatch.setattr(tracing, "_prove", lambda files: None)
     tracing.run(job, lambda done, total: None)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0-one.pt2", "layers.json"]
 
@@ -209,7 +210,7 @@ def test_rows_that_are_multiplied_by_tiles_are_not_compiled(
     def boxed_run(given: list[Any]) -> Any:
         raise Ran
 
-    monkeypatch.setattr(compiled, "_program", lambda path: SimpleNamespace(boxed_run=boxed_run))
+    monkeypatch.setattr(compiled, "program", lambda path: SimpleNamespace(boxed_run=boxed_run))
     runner.prefill([Chunk(slot, PROMPTS[1], 0) for slot in (0, 1)])
     wanted = runner.decode([9, 9], [7, 7])
     runner.use_compiled(compiled.CompiledLayers(runner.module, tmp_path))
@@ -256,6 +257,24 @@ def test_a_compiler_that_fails_leaves_a_reason_and_no_files(
     assert len(say(model)) == len(PROMPTS)
     left = {*(cache / "compiled").glob("*")} - before
     assert not [f for f in left if not f.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [("os.kill(os.getpid(), signal.SIGSEGV)", "-11"), ("raise RuntimeError('odd')", "odd")],
+)
+def test_code_that_ends_the_process_that_loads_it_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, said: str
+) -> None:
+    folder = tmp_path / "inferkit" / "engine"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent):
+        (package / "__init__.py").touch()
+    loads = f"import os, signal\ndef program(path):\n    {ends}\n"
+    (folder / "compiled.py").write_text(loads)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(tracing.UntraceableError, match=f"cannot be loaded .*{said}"):
+        tracing._prove([tmp_path / "0-one.pt2"])
 
 
 def test_code_that_says_something_else_is_not_used(

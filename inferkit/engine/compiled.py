@@ -97,8 +97,8 @@ class _Layer:
 
 def _graph(folder: Path, number: int, found: dict[str, Any], many: bool) -> _Graph:
     return _Graph(
-        one=_program(folder / f"{number}-one.pt2"),
-        many=_program(folder / f"{number}-many.pt2") if many else None,
+        one=program(folder / f"{number}-one.pt2"),
+        many=program(folder / f"{number}-many.pt2") if many else None,
         tensors=tuple(_finder(where) for where in found["tensors"]),
         cache=_finder(found["cache"]),
         weights=tuple(found["weights"]),
@@ -106,7 +106,12 @@ def _graph(folder: Path, number: int, found: dict[str, Any], many: bool) -> _Gra
     )
 
 
-def _program(path: Path) -> Any:
+def program(path: Path | str) -> Any:
+    """The code of a file.
+
+    Raises:
+        RuntimeError: It cannot be loaded.
+    """
     # What torch._inductor.aoti_load_package does, without the seconds of its import.
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -47,7 +48,7 @@ from inferkit.weight_only import WeightOnlyLinear
 Compile = bool | Literal["auto"]
 Status = Literal["eager", "compiling", "compiled"]
 
-FORMAT = 2  # goes up when the code is made or called in another way
+FORMAT = 3  # goes up when the code is made or called in another way
 SMALL = 64 << 20
 """Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
 ROOM = 2 << 30
@@ -407,6 +408,7 @@ def _home(job: dict[str, Any]) -> Path:
         torch.__version__,
         transformers.__version__,
         sys.version_info[:2],
+        platform.libc_ver(),  # that it can be loaded was proved on this system alone
     )
     said = json.dumps([job, made_by, sorted(processor())], sort_keys=True, default=str)
     return cache_dir() / "compiled" / hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -377,7 +378,7 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
     """Compile the layers of a job into its folder, with a table of contents.
 
     Raises:
-        UntraceableError: The layers cannot be compiled.
+        UntraceableError: The layers cannot be compiled, or their code cannot be loaded.
         Exception: Whatever torch raises on the way.
     """
     torch.set_num_threads(job["threads"])
@@ -407,12 +408,30 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
         tell(done, len(todo))
         program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, kinds[kind])
         _compile(program, folder / f"{number}-{kind}.pt2")
+    _prove(sorted(folder.glob("*.pt2")))
     table = {
         "layers": [[name, g] for (name, _), g in zip(named, chosen)],
         "graphs": contents,
         "many": "many" in kinds,
     }
     (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def _prove(files: Sequence[Path]) -> None:
+    """Load the code once, in a process that has nothing to lose.
+
+    Where the system's C++ runtime and the one within torch do not go together, loading it ends the
+    process, which must not be the one that has the model.
+    """
+    code = "import sys; from inferkit.engine.compiled import program; [*map(program, sys.argv[1:])]"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, *map(str, files)], capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        said = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
+        how = said[0] if said else f"the process ended, {done.returncode}"
+        raise UntraceableError(f"the compiled code cannot be loaded on this system ({how})")
 
 
 def _text(program: ExportedProgram, signature: Signature) -> str:
