@@ -28,7 +28,15 @@ def measure(path: str, threads: int, requests: int, every: int = 25) -> dict[str
 
     torch.set_num_threads(threads)
     process = psutil.Process()
-    model = ik.load(path, dtype="bfloat16", device="cpu", max_batch=16, context=512, progress=False)
+    model = ik.load(
+        path,
+        dtype="bfloat16",
+        device="cpu",
+        max_batch=16,
+        context=512,
+        compile=False,
+        progress=False,
+    )
     loaded = process.memory_info().rss
     model._engine.call(lambda: fill(model._engine.runner.cache))
     filled = process.memory_info().rss

@@ -51,6 +51,7 @@ def measure(
         "max_batch": max(batches),
         "context": 512,
         "prefix_reuse": False,
+        "compile": False,
         "progress": False,
     }
     model = ik.load(path, name="toggled", **shape)

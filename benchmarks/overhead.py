@@ -115,6 +115,7 @@ def measure(
         max_batch=max(batches),
         context=512,
         prefix_reuse=False,
+        compile=False,
         progress=False,
     )
     forward, sampling = watch(model)

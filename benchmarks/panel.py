@@ -47,7 +47,7 @@ import json, threading, time
 from statistics import mean, median
 import inferkit as ik
 model = ik.load({path!r}, dtype="bfloat16", device="cpu", max_batch=16, context=1024,
-                prefix_reuse=False, progress=False)
+                prefix_reuse=False, compile=False, progress=False)
 panel, ticks = None, []
 
 def measure(batch, tokens):

@@ -77,6 +77,15 @@ def is_quantized(module: Any) -> bool:
     return any(isinstance(child, WeightOnlyLinear) for child in module.modules())
 
 
+def rounds_inputs(module: Any) -> bool:
+    """Whether layers round their input too, in a way that depends on what else is in the batch.
+
+    LLM.int8() does: columns with an outlier in any row are multiplied apart, for all rows.
+    """
+    config = getattr(module.config, "quantization_config", None)
+    return bool(getattr(config, "load_in_8bit", False))
+
+
 def unquantized(module: Any) -> tuple[str, ...]:
     """Names of the layers with a weight matrix that a quantized model keeps in its dtype.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import subprocess
 import time
@@ -200,7 +202,7 @@ def test_rows_that_are_multiplied_by_tiles_are_not_compiled(
     runner = load("llama", dtype="bfloat16", compile=False)._parts.engine.runner
     job = compiling._job(runner.module, runner.geometry) | {"folder": str(tmp_path)}
     monkeypatch.setattr(tracing, "_compile", lambda program, target: target.touch())
-    monkeypatch.setattr(tracing, "_prove", lambda files: None)
+    monkeypatch.setattr(tracing, "_try_to_load", lambda file: None)
     tracing.run(job, lambda done, total: None)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["0-one.pt2", "layers.json"]
 
@@ -260,21 +262,65 @@ def test_a_compiler_that_fails_leaves_a_reason_and_no_files(
 
 
 @pytest.mark.parametrize(
-    ("ends", "said"),
-    [("os.kill(os.getpid(), signal.SIGSEGV)", "-11"), ("raise RuntimeError('odd')", "odd")],
+    ("loading", "error", "said"),
+    [
+        ("os.abort()", tracing.UntraceableError, "it ends the process, SIGABRT"),
+        ("raise RuntimeError('odd')", tracing.UntraceableError, "RuntimeError: odd"),
+        ("os.kill(os.getpid(), 9)", RuntimeError, "SIGKILL"),  # for want of memory, perhaps
+        ("time.sleep(60)", RuntimeError, "does not load within"),
+    ],
 )
-def test_code_that_ends_the_process_that_loads_it_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, said: str
+def test_code_that_cannot_be_loaded_is_not_kept(
+    load: Callable[..., ik.Model],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loading: str,
+    error: type[Exception],
+    said: str,
 ) -> None:
-    folder = tmp_path / "inferkit" / "engine"
-    folder.mkdir(parents=True)
-    for package in (folder, folder.parent):
+    runner = load("llama", compile=False)._parts.engine.runner
+    made = tmp_path / "made"
+    made.mkdir()
+    job = compiling._job(runner.module, runner.geometry) | {"folder": str(made)}
+    # In the process that tries, what loads code is this.
+    engine = tmp_path / "inferkit" / "engine"
+    engine.mkdir(parents=True)
+    for package in (engine, engine.parent):
         (package / "__init__.py").touch()
-    loads = f"import os, signal\ndef program(path):\n    {ends}\n"
-    (folder / "compiled.py").write_text(loads)
+    (engine / "compiled.py").write_text(f"import os, time\ndef program(path):\n    {loading}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(tracing.UntraceableError, match=f"cannot be loaded .*{said}"):
-        tracing._prove([tmp_path / "0-one.pt2"])
+    monkeypatch.setattr(tracing, "_compile", lambda program, target: target.touch())
+    monkeypatch.setattr(tracing, "_LOADED", 5)
+    with pytest.raises(error, match=said) as raised:
+        tracing.run(job, lambda done, total: None)
+    assert type(raised.value) is error
+    assert [f.name for f in made.iterdir()] == ["0-one.pt2"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_what_would_fail_again_is_not_tried_again(
+    load: Callable[..., ik.Model], cache: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    said = json.dumps({"error": "no luck", "lasting": lasting})
+    tried = []
+
+    @contextlib.contextmanager
+    def worker(*_: Any) -> Iterator[subprocess.Popen[str]]:
+        tried.append(1)
+        pipe = subprocess.PIPE
+        command = ["sh", "-c", 'read job; echo "$0"; exit 1', said]
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+            yield process
+
+    monkeypatch.setattr(compiling, "_worker", worker)
+    for name in ("first", "second"):
+        model = load("qwen3", name=name, compile=True)
+        assert eager_reason(model) == "no luck"
+        assert len(say(model)) == len(PROMPTS)
+    assert len(tried) == 1 + (not lasting)
+    assert not [f for f in (cache / "compiled").iterdir() if ".tmp-" in f.name]
+    for why in (cache / "compiled").glob(".*.why"):
+        why.unlink()
 
 
 def test_code_that_says_something_else_is_not_used(

@@ -17,6 +17,7 @@ from held import held, interrupt, wait_until
 
 import inferkit as ik
 from inferkit import loading, resident
+from inferkit.engine import runner
 
 SIX = {"max_tokens": 6, "ignore_eos": True}
 PROMPTS = [[5, 6, 7], list(range(10, 40)), [9]]
@@ -377,3 +378,18 @@ def test_a_model_that_cannot_run_quantized_is_refused_and_goes_on_as_it_was(
             model.quantize(mode)
         assert model.quantization == "none"
         assert model.generate("Once", **SIX).token_ids == said
+
+
+def test_rounding_of_inputs_is_told_from_a_wrong_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = runner.slotted_logits
+
+    def turned(trial: Any, prompts: list[list[int]]) -> torch.Tensor:
+        return own(trial, [[*p[1:], p[0]] for p in prompts])
+
+    with ik.load(folder, quantize="int8", dtype="float32") as model:
+        assert model.fallback is None
+    monkeypatch.setattr(runner, "slotted_logits", turned)
+    with ik.load(folder, quantize="int8", dtype="float32") as model:
+        assert "other logits" in model.fallback

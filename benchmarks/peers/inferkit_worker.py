@@ -1,7 +1,6 @@
 """inferkit: `model.generate` with a list of prompts. Times are those of its own trace.
 
-It is asked for nothing before its decode step is compiled, as the other engines' are; how long that
-took is told apart.
+It is asked for nothing before its decode step is compiled; how long that took is told apart.
 """
 
 from __future__ import annotations

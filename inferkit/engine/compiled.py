@@ -110,7 +110,8 @@ def program(path: Path | str) -> Any:
     """The code of a file.
 
     Raises:
-        RuntimeError: It cannot be loaded.
+        RuntimeError: It cannot be loaded. Where the system is at fault, loading it may end the
+            process: `tracing` tries it in one of its own.
     """
     # What torch._inductor.aoti_load_package does, without the seconds of its import.
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)

@@ -1,11 +1,13 @@
 """Compiling a model's decode step in the background, while its engine serves without.
 
     <cache>/compiled/<key>/          the code of all decoder layers: see tracing.py
+    <cache>/compiled/.<key>.why      why there is none, instead: it would be the same again
     <cache>/compiled/.<key>.lock     held while it is made
     <cache>/compiled/.<key>.tmp-*/   where it is made
 
 The key stands for all that the code depends on: the architecture, dtypes and shapes, the processor,
-the number of threads, and the versions of what made it. Weights and the size of the KV cache are
+the number of threads, the versions of what made it, and what decides whether it can be loaded: the
+environment and the libraries that are named to come first. Weights and the size of the KV cache are
 not in it, so that a load of the same architecture finds it, in any kernel on the machine.
 """
 
@@ -68,6 +70,10 @@ def check_compile(compile: Any) -> None:
 
 class _Stopped(Exception):
     """The work is no longer wanted."""
+
+
+class _Lasting(RuntimeError):
+    """Why there is no code, and never will be for the same key."""
 
 
 class Compilation:
@@ -203,11 +209,12 @@ class Compilation:
         """The folder with the code, made now if need be."""
         target = _home(job)
         home = target.parent
-        if (target / CONTENTS).is_file():
+        why = home / f".{target.name}.why"
+        if _made(target, why):
             return target
         home.mkdir(parents=True, exist_ok=True)
         with self._only_one(home / f".{target.name}.lock"):
-            if (target / CONTENTS).is_file():
+            if _made(target, why):
                 return target
             for stale in (target, *home.glob(f".{target.name}.tmp-*")):
                 shutil.rmtree(stale, ignore_errors=not stale.exists())
@@ -217,6 +224,9 @@ class Compilation:
                 made.mkdir(mode=0o700)
                 self._run({**job, "folder": str(made)}, work)
                 made.rename(target)
+            except _Lasting as error:
+                why.write_text(str(error), encoding="utf-8")
+                raise
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         return target
@@ -250,10 +260,10 @@ class Compilation:
             with contextlib.suppress(BrokenPipeError):  # its end is seen below
                 worker.stdin.write(json.dumps(job) + "\n")
                 worker.stdin.flush()  # and left open: its end tells the worker that we are gone
-            failure = None
+            failure, lasting = None, False
             for line in worker.stdout:
                 said = json.loads(line)
-                failure = said.get("error", failure)
+                failure, lasting = said.get("error", failure), said.get("lasting", lasting)
                 self.done, self.total = said.get("done", self.done), said.get("total", self.total)
             worker.wait()
             ended.join()
@@ -261,13 +271,25 @@ class Compilation:
             if worker.returncode:
                 log.seek(0)
                 _log.debug("%s", log.read().decode(errors="replace"))
-                raise RuntimeError(failure or f"the compiler's process ended ({worker.returncode})")
+                problem = failure or f"the compiler's process ended ({worker.returncode})"
+                raise _Lasting(problem) if lasting else RuntimeError(problem)
 
     def _watch(self, worker: subprocess.Popen[str]) -> None:
         while worker.poll() is None:
             if self._stop.wait(_TICK):
                 _kill(worker)
                 return
+
+
+def _made(target: Path, why: Path) -> bool:
+    """Whether the code is there.
+
+    Raises:
+        RuntimeError: It was tried before, and why it would fail again.
+    """
+    if why.is_file():
+        raise RuntimeError(why.read_text(encoding="utf-8"))
+    return (target / CONTENTS).is_file()
 
 
 def _layers(module: Any, folder: Path) -> CompiledLayers:
@@ -408,7 +430,9 @@ def _home(job: dict[str, Any]) -> Path:
         torch.__version__,
         transformers.__version__,
         sys.version_info[:2],
-        platform.libc_ver(),  # that it can be loaded was proved on this system alone
+        platform.libc_ver(),
+        sys.prefix,
+        *(os.environ.get(name) for name in ("LD_PRELOAD", "LD_LIBRARY_PATH")),
     )
     said = json.dumps([job, made_by, sorted(processor())], sort_keys=True, default=str)
     return cache_dir() / "compiled" / hashlib.sha256(said.encode()).hexdigest()[:16]

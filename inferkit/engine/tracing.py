@@ -8,7 +8,8 @@ and, unless tiles are faster (:mod:`inferkit.tiled`), for any number of rows. La
 the same graph share its code, so that the time does not grow with the depth of a model. The code
 holds no weights and no size of the KV cache, so that it serves every load of the same architecture.
 
-Each line of the output is JSON: ``{"done": 1, "total": 4}``, or ``{"error": "..."}`` at the end.
+Each line of the output is JSON: ``{"done": 1, "total": 4}``, or at the end ``{"error": "...",
+"lasting": false}``.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ MANY = 16
 # What differs between two sizes of (rows, read positions) depends on them; all else is fixed.
 _SIZES = ((3, 192), (5, 320))
 _SLOTS, _CAPACITY = 24, 1024  # of the example's KV cache
+_LOADED = 120  # seconds after which code that is being loaded will not be any more
 
 
 class UntraceableError(Exception):
-    """Why a layer cannot be compiled."""
+    """Why a layer cannot be compiled: it could not the next time either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,8 +409,9 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
     for done, (number, (i, signature), kind) in enumerate(todo):
         tell(done, len(todo))
         program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, kinds[kind])
-        _compile(program, folder / f"{number}-{kind}.pt2")
-    _prove(sorted(folder.glob("*.pt2")))
+        made = folder / f"{number}-{kind}.pt2"
+        _compile(program, made)
+        _try_to_load(made)
     table = {
         "layers": [[name, g] for (name, _), g in zip(named, chosen)],
         "graphs": contents,
@@ -417,21 +420,33 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
     (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
 
 
-def _prove(files: Sequence[Path]) -> None:
-    """Load the code once, in a process that has nothing to lose.
+def _try_to_load(file: Path) -> None:
+    """Load code in a process that has nothing to lose.
 
-    Where the system's C++ runtime and the one within torch do not go together, loading it ends the
-    process, which must not be the one that has the model.
+    It may end the process: seen on one system, with two versions of torch, and not where another
+    libstdc++ came first. That must not be the process that has the model. Other libraries that a
+    kernel loaded before torch may still make a difference.
     """
-    code = "import sys; from inferkit.engine.compiled import program; [*map(program, sys.argv[1:])]"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, *map(str, files)], capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        said = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
-        how = said[0] if said else f"the process ended, {done.returncode}"
-        raise UntraceableError(f"the compiled code cannot be loaded on this system ({how})")
+    code = "import os, sys; from inferkit.engine.compiled import program; program(sys.argv[1]); "
+    command = [sys.executable, "-P", "-c", code + "os._exit(0)", str(file)]
+    try:
+        tried = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=_LOADED
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the compiled code does not load within {_LOADED} s") from None
+    if not tried.returncode:
+        return
+    said = tried.stderr.decode(errors="replace")
+    sys.stderr.write(said)
+    if tried.returncode > 0:
+        how = said.strip().rpartition("\n")[2]
+    else:
+        how = f"it ends the process, {signal.Signals(-tried.returncode).name}"
+    problem = f"the compiled code cannot be loaded on this system ({how})"
+    if -tried.returncode in (signal.SIGKILL, signal.SIGTERM):  # by another hand
+        raise RuntimeError(problem)
+    raise UntraceableError(problem)
 
 
 def _text(program: ExportedProgram, signature: Signature) -> str:
@@ -456,7 +471,7 @@ def main() -> int:
     try:
         run(job, lambda done, total: say(done=done, total=total))
     except Exception as error:  # whatever torch, a compiler or a model's code may raise
-        say(error=first_line(error))
+        say(error=first_line(error), lasting=isinstance(error, UntraceableError))
         raise
     return 0
 
