@@ -297,6 +297,19 @@ def test_code_that_cannot_be_loaded_is_not_kept(
     assert [f.name for f in made.iterdir()] == ["0-one.pt2"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="sessions share nothing out")
+def test_the_compiler_gives_way_though_it_is_a_session_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiling, "NICE", 7)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        compiling._give_way(process.pid)
+        session = Path(f"/proc/{process.pid}/autogroup").read_text()
+        assert psutil.Process(process.pid).nice() == 7
+        process.kill()
+    assert session.split()[-1] == "7"
+
+
 @pytest.mark.parametrize("lasting", [True, False])
 def test_what_would_fail_again_is_not_tried_again(
     load: Callable[..., ik.Model], cache: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool

@@ -55,7 +55,7 @@ SMALL = 64 << 20
 """Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
 ROOM = 2 << 30
 """Bytes of free memory below which "auto" compiles nothing: torch and the compiler need them."""
-NICE = 10
+NICE = 19
 """How much the compiling process gives way to requests that run meanwhile."""
 
 _TICK = 0.2
@@ -306,7 +306,7 @@ def _layers(module: Any, folder: Path) -> CompiledLayers:
 def _worker(log: Any, work: Path) -> Iterator[Any]:
     # A session of its own: an interrupt of the notebook is not for it. Its compiler ends with it.
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "inferkit.engine.tracing", str(NICE)],
+        [sys.executable, "-P", "-m", "inferkit.engine.tracing"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -319,6 +319,7 @@ def _worker(log: Any, work: Path) -> Iterator[Any]:
             "TMPDIR": str(work),
         },
     )
+    _give_way(worker.pid)
     try:
         yield worker
     finally:
@@ -327,6 +328,18 @@ def _worker(log: Any, work: Path) -> Iterator[Any]:
         for pipe in (worker.stdin, worker.stdout):
             with contextlib.suppress(OSError):  # what was not yet written to a process that ended
                 pipe.close()  # type: ignore[union-attr]
+
+
+def _give_way(pid: int) -> None:
+    """Have a process, the first of its session, and its children leave the processors to others.
+
+    Linux shares processors out between sessions first, by a number that each has of its own: else
+    this one would have half of them, and a step that waits for its other thread take five times as
+    long.
+    """
+    with contextlib.suppress(OSError):  # it has ended already, or there is no such number
+        os.setpriority(os.PRIO_PROCESS, pid, NICE)
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICE), encoding="ascii")
 
 
 def _kill(worker: subprocess.Popen[str]) -> None:

@@ -455,13 +455,9 @@ def _text(program: ExportedProgram, signature: Signature) -> str:
 
 
 def main() -> int:
-    """Do the job that is the first line of the standard input; its end ends this.
-
-    The only argument is how much the process gives way to others, as for ``nice``.
-    """
+    """Do the job that is the first line of the standard input; its end ends this."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is none of ours
-    os.nice(int(sys.argv[1]))
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
 
