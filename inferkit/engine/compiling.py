@@ -8,7 +8,7 @@
 The key stands for all that the code depends on: the architecture, dtypes and shapes, the processor,
 the number of threads, the versions of what made it, and what decides whether it can be loaded: the
 environment and the libraries that are named to come first. Weights and the size of the KV cache are
-not in it, so that a load of the same architecture finds it, in any kernel on the machine.
+not in it, so that a load of the same architecture finds it, in any kernel of the same environment.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import compiled_reason, graphs_reason
 from inferkit.errors import OptionError, first_line
 from inferkit.html import format_bytes
+from inferkit.model_files import write_atomically
 from inferkit.packing import PackedLinear
 from inferkit.tiled import TiledLinear
 from inferkit.weight_only import WeightOnlyLinear
@@ -225,7 +226,7 @@ class Compilation:
                 self._run({**job, "folder": str(made)}, work)
                 made.rename(target)
             except _Lasting as error:
-                why.write_text(str(error), encoding="utf-8")
+                write_atomically(why, str(error))
                 raise
             finally:
                 shutil.rmtree(work, ignore_errors=True)
