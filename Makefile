@@ -21,7 +21,7 @@ FAST := not slow and not thorough and not demo and not browser and not gpu and n
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo lab lab-dev test test-all test-fast lint format bench bench-peers gpu-check \
-	binder-check browser clean distclean
+	binder-check badge browser clean distclean
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -98,6 +98,9 @@ gpu-check: $(INSTALLED) ## Run the tests that need a CUDA device
 
 binder-check: $(INSTALLED) ## Make Binder's environment, and run every notebook with its memory
 	$(PY) -m pytest -m binder -s $(TEST_ARGS)
+
+badge: $(INSTALLED) ## Put the Binder badge of the public repository into README.md
+	@$(PY) binder/badge.py $(REPO)
 
 # The browser tests fail, with a message, where there is no Chromium and none can be installed.
 browser:

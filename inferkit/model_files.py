@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_whole",
     "describe",
+    "kinds_of_files",
     "known_sha256",
     "model_files",
     "progress_bar",
@@ -38,6 +39,15 @@ _INDEXES = {
 }
 SIDE_FILES = (".json", ".model", ".txt", ".jinja", ".py", ".tiktoken")
 """Endings of the small files of a model: configs, tokenizer, chat template, code."""
+
+
+def kinds_of_files(names: Iterable[str]) -> list[str]:
+    """What files of a model are, in words: "weights", "files beside the weights", or both."""
+    weights = [name.endswith((".safetensors", ".bin", ".gguf")) for name in names]
+    return [
+        *(["weights"] if any(weights) else []),
+        *(["files beside the weights"] if not all(weights) else []),
+    ]
 
 
 def weight_files(folder: Path) -> tuple[str, ...]:

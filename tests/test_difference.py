@@ -448,6 +448,17 @@ def test_only_the_settings_that_differ_are_listed() -> None:
     }
 
 
+def test_another_tokenizer_is_not_called_other_weights() -> None:
+    same = {"model.safetensors": "aa" * 32}
+    sides = [
+        experiment(noisy(6, seed=1), model={"files": {**same, "tokenizer.json": sha * 32}})
+        for sha in ("cc", "dd")
+    ]
+    assert [(one.field, one.a) for one in Difference(*sides).settings] == [
+        ("other files beside the weights (sha256)", "tokenizer.json cccccccccccc")
+    ]
+
+
 def test_the_same_name_of_another_device_is_a_difference() -> None:
     h200 = DeviceEntry(name="cuda:0", kind="cuda", description="NVIDIA H200", total=1, bf16=True)
     found = Difference(A, experiment(noisy(6, seed=1), environment={"devices": [h200]})).settings

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -609,3 +611,43 @@ def test_the_badge_in_markdown() -> None:
         "[![Binder](https://mybinder.org/badge_logo.svg)]"
         "(https://mybinder.org/v2/gh/owner/name/v1?urlpath=lab/tree/a%2520b.ipynb)"
     )
+
+
+# -- the badge of this project --------------------------------------------------------------------
+
+BADGE = Path(__file__).parents[1] / "binder" / "badge.py"
+
+
+def make_badge(*repo: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # nobody is asked whether it is public
+    command = [sys.executable, str(BADGE), *repo]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_the_badge_of_a_clone_takes_its_place_in_the_readme_and_leaves_the_rest(
+    clone: Path,
+) -> None:
+    whole = (BADGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    for _ in range(2):
+        (clone / "README.md").write_text(whole, encoding="utf-8")
+        made = make_badge()
+        assert made.returncode == 0, made.stderr
+        assert PUBLIC in made.stdout
+        whole = (clone / "README.md").read_text(encoding="utf-8")
+        assert whole.count("mybinder.org/badge_logo.svg") == 1
+    target = "https://mybinder.org/v2/gh/owner/name/HEAD?urlpath=lab/tree/notebooks/01-quickstart"
+    badge = f"[![Binder](https://mybinder.org/badge_logo.svg)]({target}.ipynb)\n"
+    assert f"<!-- badge -->\n{badge}<!-- end of badge -->\n" in whole
+    assert make_badge("other/one").returncode == 0
+    assert "gh/other/one/HEAD" in (clone / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_badge_that_cannot_be_made_changes_nothing_and_says_what_to_do(clone: Path) -> None:
+    (clone / "README.md").write_text("# Mine\n", encoding="utf-8")
+    assert "<!-- badge -->" in make_badge().stderr
+    run("remote", "remove", "origin")
+    made = make_badge()
+    assert made.returncode == 1
+    assert "no remote" in made.stderr
+    assert "make badge REPO=owner/name" in made.stderr
+    assert (clone / "README.md").read_text(encoding="utf-8") == "# Mine\n"

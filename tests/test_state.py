@@ -450,6 +450,18 @@ def test_ps_shows_kernels_without_a_model_and_says_so_without_any(
     assert f"a.ipynb  {os.getpid()}" in capsys.readouterr().out
 
 
+def test_ps_tells_notebooks_of_one_name_apart_by_their_folders(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = ("mine/new/a.ipynb", "yours/new/a.ipynb", "a.ipynb", "mine/b.ipynb")
+    for number, path in enumerate(paths):
+        folder.write(entry(kernel_id=str(number), notebook=path))
+    assert main(["ps"]) == 0
+    told = capsys.readouterr().out
+    rows = [line.split("  ")[0] for line in told.splitlines() if ".ipynb" in line]
+    assert sorted(rows) == ["a.ipynb", "a.ipynb in mine/new", "a.ipynb in yours/new", "b.ipynb"]
+
+
 def test_ps_as_json_follows_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     folder.write(entry())
     assert main(["ps", "--json"]) == 0

@@ -19,6 +19,7 @@ from inferkit.experiments.file import ModeEntry, ModelEntry
 from inferkit.generation import Generation
 from inferkit.html import format_bytes, format_number, listed, one_line, table, text_table
 from inferkit.intervals import Interval, bootstrap_grouped, bootstrap_ratio
+from inferkit.model_files import kinds_of_files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,8 +208,7 @@ class Difference:
         fields = [*a, *(name for name in b if name not in a)]
         named = [(name, a.get(name, "-"), b.get(name, "-")) for name in fields]
         found = [Setting(*one) for one in named if one[1] != one[2]]
-        weights = _other_weights(self.a.models, self.b.models)
-        return (*found, *([weights] if weights else []))
+        return (*found, *_other_files(self.a.models, self.b.models))
 
     @cached_property
     def latency(self) -> dict[str, Contrast]:
@@ -730,17 +730,20 @@ def _described(device: str, about: dict[str, str]) -> str:
     return f"{device} ({about[device]})" if about.get(device) else device
 
 
-def _other_weights(a: Iterable[ModelEntry], b: Iterable[ModelEntry]) -> Setting | None:
-    """Which files differ, where those of both sides were hashed."""
+def _other_files(a: Iterable[ModelEntry], b: Iterable[ModelEntry]) -> Iterator[Setting]:
+    """Which files differ, weights and others apart, where those of both sides were hashed."""
     mine, other = ({(f, sha) for m in side for f, sha in m.files.items()} for side in (a, b))
     shas = [{sha for _, sha in side} for side in (mine, other)]
-    if not mine or not other or shas[0] == shas[1]:
-        return None
-    of_a, of_b = (
-        sorted(f"{name} {sha[:12]}" for name, sha in side if sha not in known)
-        for side, known in ((mine, shas[1]), (other, shas[0]))
-    )
-    return Setting("other weights (sha256)", _few(of_a), _few(of_b))
+    if not mine or not other:
+        return
+    of_a = sorted(one for one in mine if one[1] not in shas[1])
+    of_b = sorted(one for one in other if one[1] not in shas[0])
+    for kind in kinds_of_files([name for name, _ in (*of_a, *of_b)]):
+        names = [
+            [f"{name} {sha[:12]}" for name, sha in side if kind in kinds_of_files([name])]
+            for side in (of_a, of_b)
+        ]
+        yield Setting(f"other {kind} (sha256)", *map(_few, names))
 
 
 def _few(names: Sequence[str]) -> str:

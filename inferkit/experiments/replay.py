@@ -33,6 +33,7 @@ from inferkit.experiments.schedule import (
 from inferkit.footprint import QUANTIZE_MODES
 from inferkit.kv import PREFILL_CHUNK
 from inferkit.model import Model
+from inferkit.model_files import kinds_of_files
 from inferkit.progress import Progress, bar
 from inferkit.resident import uninterrupted
 from inferkit.sampling import SamplingParams
@@ -584,16 +585,9 @@ class _Run:
             },
         }
         return [
-            *_kinds_of_files(self._other_files.get(one.model, ())),
+            *kinds_of_files(self._other_files.get(one.model, ())),
             *(name for name, (a, b) in pairs.items() if a != b),
         ]
-
-
-def _kinds_of_files(names: Sequence[str]) -> list[str]:
-    """What files of a model are, in the words of a reason."""
-    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".gguf"))]
-    found = {"weights": weights, "files beside the weights": len(weights) < len(names)}
-    return [kind for kind, there in found.items() if there]
 
 
 def _accelerators(then: Any, now: Any) -> tuple[list[str], list[str]]:

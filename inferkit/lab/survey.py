@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import PurePath
 
 import msgspec
@@ -53,7 +53,8 @@ def as_text(state: State) -> str:
         ("device", "memory", "used", "by inferkit", "busy", "description"),
         map(_device_row, state.devices),
     )
-    rows = [row for kernel in state.kernels for row in _model_rows(kernel)]
+    notebooks = {k.state.notebook for k in state.kernels if k.state}
+    rows = [row for kernel in state.kernels for row in _model_rows(kernel, notebooks)]
     unseen = [_OUT_OF_SIGHT.format(len(state.out_of_sight))] if state.out_of_sight else []
     if not rows:
         return "\n".join([devices, "", *(unseen or [_NONE])])
@@ -70,9 +71,20 @@ def _device_row(device: Attached) -> tuple[str, ...]:
     return (device.name, total, used, ours, busy, device.description)
 
 
-def _model_rows(kernel: Kernel) -> Iterator[tuple[object, ...]]:
-    notebook = PurePath(kernel.state.notebook).name if kernel.state else ""
-    title = (notebook or kernel.kernel_id[:8], kernel.pid)
+def _title(path: str, paths: Collection[str]) -> str:
+    """A notebook's name, with as many of its folders as tell it from the others, as the sidebar."""
+    *folders, name = PurePath(path).parts
+    alike = [other for one in paths if (other := PurePath(one).parts)[-1:] == (name,)]
+    for count in range(1, len(folders) + 2):
+        if sum(other[-count:] == (*folders, name)[-count:] for other in alike) == 1:
+            break
+    among = folders[len(folders) + 1 - count :]
+    return f"{name} in {PurePath(*among)}" if among else name
+
+
+def _model_rows(kernel: Kernel, notebooks: Collection[str]) -> Iterator[tuple[object, ...]]:
+    notebook = kernel.state.notebook if kernel.state else ""
+    title = (_title(notebook, notebooks) if notebook else kernel.kernel_id[:8], kernel.pid)
     models = kernel.state.models if kernel.state else []
     if not models:
         yield (*title, "-", "-", "-", "-", format_bytes(kernel.memory), 0, 0, "-", "-")
