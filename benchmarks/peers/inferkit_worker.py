@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import transformers
-from worker import Options, Output, serve
+from worker import Options, Output, Request, serve, wait_until
 
 import inferkit as ik
 
@@ -48,7 +48,22 @@ class Inferkit:
         done = self.model.generate(
             [list(p) for p in prompts], max_tokens=tokens, temperature=0.0, ignore_eos=True
         )
-        return [Output(list(g.token_ids), [t / 1e9 for t in g.latency.trace.tokens]) for g in done]
+        return _outputs(done)
+
+    def under(self, requests: Sequence[Request], began: float) -> list[Output]:
+        sent = []
+        for request in requests:
+            wait_until(began + request.at)
+            sent.append(
+                self.model.submit(
+                    request.prompt, max_tokens=request.tokens, temperature=0.0, ignore_eos=True
+                )
+            )
+        return _outputs([each.result() for each in sent])
+
+
+def _outputs(done: Iterable[ik.Generation]) -> list[Output]:
+    return [Output(list(g.token_ids), [t / 1e9 for t in g.latency.trace.tokens]) for g in done]
 
 
 serve(lambda options: Inferkit(options, sys.argv[1] if sys.argv[1:] else "none"))

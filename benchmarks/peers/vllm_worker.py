@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 
 # Read once, when vllm is imported: the engine in this process instead of one beside it, and room
@@ -18,7 +19,7 @@ import torch
 import transformers
 import vllm
 from vllm import LLM, SamplingParams
-from worker import Options, Output, serve
+from worker import Options, Output, Request, serve, wait_until
 
 
 class Vllm:
@@ -44,16 +45,26 @@ class Vllm:
         }
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Output]:
-        params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+        return self.under([Request(0.0, list(p), tokens) for p in prompts], time.perf_counter())
+
+    def under(self, requests: Sequence[Request], began: float) -> list[Output]:
         found: dict[str, Output] = {}
-        for prompt in prompts:
-            self.count += 1
-            found[str(self.count)] = Output([], [])
-            self.engine.add_request(str(self.count), {"prompt_token_ids": list(prompt)}, params)
-        while self.engine.has_unfinished_requests():
-            for request in self.engine.step():
+        coming = deque(requests)  # in the order of their times
+        while coming or self.engine.has_unfinished_requests():
+            if not self.engine.has_unfinished_requests():
+                wait_until(began + coming[0].at)
+            while coming and time.perf_counter() >= began + coming[0].at:
+                request = coming.popleft()
+                self.count += 1
+                found[str(self.count)] = Output([], [])
+                self.engine.add_request(
+                    str(self.count),
+                    {"prompt_token_ids": request.prompt},
+                    SamplingParams(temperature=0.0, max_tokens=request.tokens, ignore_eos=True),
+                )
+            for done in self.engine.step():
                 now = time.perf_counter()
-                output, ids = found[request.request_id], request.outputs[0].token_ids
+                output, ids = found[done.request_id], done.outputs[0].token_ids
                 output.times.extend([now] * (len(ids) - len(output.token_ids)))
                 output.token_ids[:] = ids
         return list(found.values())

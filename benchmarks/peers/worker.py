@@ -1,7 +1,8 @@
 """The far end of a worker process: JSON lines in, JSON lines out. Needs only Python itself.
 
 The first line in is an `Options`; the answer tells what was loaded. Every later line asks for one
-generation: ``{"prompts": [[id, ...], ...], "tokens": n}``. Its answer has, for each prompt, the
+generation: ``{"prompts": [[id, ...], ...], "tokens": n}``, or ``{"requests": [...]}``, each with
+the second ``at`` which it comes, a ``prompt`` and ``tokens``. The answer has, for each prompt, the
 token ids and the second after the call began at which each of them was there.
 """
 
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,20 @@ class Output:
     times: list[float]
 
 
+@dataclass(frozen=True)
+class Request:
+    """One of a load: when it comes, in seconds after the load began, and what it asks."""
+
+    at: float
+    prompt: list[int]
+    tokens: int
+
+
+def wait_until(moment: float) -> None:
+    """Sleep until ``time.perf_counter()`` is there."""
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
 class Engine(Protocol):
     """What a peer's script brings."""
 
@@ -53,7 +68,14 @@ class Engine(Protocol):
         """Greedy, exactly ``tokens`` tokens for each prompt, end tokens ignored."""
 
 
-def serve(load: Callable[[Options], Engine]) -> None:
+class Serving(Engine, Protocol):
+    """An engine that takes requests while others run."""
+
+    def under(self, requests: Sequence[Request], began: float) -> list[Output]:
+        """As `generate`; each request is sent when its time after ``began`` has come."""
+
+
+def serve(load: Callable[[Options], Any]) -> None:
     """Answer until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
@@ -68,7 +90,10 @@ def serve(load: Callable[[Options], Engine]) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         began, used = time.perf_counter(), time.process_time()
-        outputs = engine.generate(order["prompts"], order["tokens"])
+        if "requests" in order:
+            outputs = engine.under([Request(**each) for each in order["requests"]], began)
+        else:
+            outputs = engine.generate(order["prompts"], order["tokens"])
         wall, used = time.perf_counter() - began, time.process_time() - used
         answer(
             wall=wall,
