@@ -43,6 +43,19 @@ function triangle(ctx, x, y, half) {
   ctx.fill();
 }
 
+// Text with a rim of the background, so that it can be read over lines and dots.
+function write(ctx, text, x, y, ratio, theme) {
+  ctx.save();
+  ctx.setLineDash([]);
+  ctx.lineJoin = "round";
+  ctx.lineWidth = 4 * ratio;
+  ctx.strokeStyle = theme.back;
+  ctx.strokeText(text, x, y);
+  ctx.fillStyle = theme.ink;
+  ctx.fillText(text, x, y);
+  ctx.restore();
+}
+
 function drawFirsts(u, store, theme) {
   const [times, ttfts, owners] = store.tables.firsts;
   const start = lowerBound(times, u.scales.x.min);
@@ -64,8 +77,7 @@ function drawFirsts(u, store, theme) {
       const text = `TTFT ${ms(ttfts[start + i])} ms`;
       const room = (places[i + 1] ?? right) - x - 2 * half;
       if (room < ctx.measureText(text).width + 4 * ratio) return;
-      ctx.fillStyle = theme.ink;
-      ctx.fillText(text, x + half + 4 * ratio, y + 4 * ratio);
+      write(ctx, text, x + half + 4 * ratio, y + 4 * ratio, ratio, theme);
     });
   });
 }
@@ -74,7 +86,7 @@ function drawMarks(u, store, theme, labelled) {
   const { min, max } = u.scales.x;
   inside(u, (ctx, ratio) => {
     ctx.font = theme.font.replace("11px", `${11 * ratio}px`);
-    ctx.strokeStyle = ctx.fillStyle = theme.ink;
+    ctx.strokeStyle = theme.ink;
     ctx.lineWidth = ratio;
     ctx.setLineDash([4 * ratio, 3 * ratio]);
     let lane = 0, free = -Infinity;
@@ -90,8 +102,8 @@ function drawMarks(u, store, theme, labelled) {
       lane = x < free ? lane + 1 : 0;
       free = x + width + 8 * ratio;
       const right = x + width + 8 * ratio < u.bbox.left + u.bbox.width;
-      ctx.fillText(label, right ? x + 4 * ratio : x - width - 4 * ratio,
-        u.bbox.top + (22 + 13 * (lane % 3)) * ratio);
+      write(ctx, label, right ? x + 4 * ratio : x - width - 4 * ratio,
+        u.bbox.top + (22 + 13 * (lane % 3)) * ratio, ratio, theme);
     }
   });
 }

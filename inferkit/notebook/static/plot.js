@@ -43,6 +43,7 @@ function createPlot(store, root, alongside = () => {}) {
     const pick = (name, fallback) => style.getPropertyValue(name).trim() || fallback;
     return {
       ink: pick("--jp-ui-font-color1", style.color || "#555"),
+      back: pick("--ik-back", "transparent"),
       grid: pick("--jp-border-color2", "rgba(128,128,128,.25)"),
       font: `11px ${pick("--jp-ui-font-family", "system-ui, sans-serif")}`,
     };
