@@ -296,7 +296,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.set_defaults(command=_export)
     command.add_argument("experiment", metavar="FILE", help="what ik.record made")
     command.add_argument("out", metavar="OUT", help=".html, .csv, .parquet, .jsonl, or see --to")
-    command.add_argument("--to", choices=["html", "csv", "parquet", "vllm", "aiperf"])
+    command.add_argument("--to", choices=["html", "csv", "parquet", "vllm", "aiperf", "playback"])
     command.add_argument("--beside", metavar="FILE", help="html: compare with this experiment")
     command.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 

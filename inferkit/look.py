@@ -7,6 +7,8 @@ colour-blind readers too.
 
 from __future__ import annotations
 
+from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 SKY, VERMILION, PURPLE = "#56B4E9", "#D55E00", "#CC79A7"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
+LINE = 16
+"""Pixels that a line under the title takes."""
+_NARROW = 54  # characters of such a line that 360 pixels have room for
 INSIDE = {"xref": "x domain", "yref": "y domain", "showarrow": False}
 
 
@@ -30,10 +35,30 @@ def say(figure: go.Figure, text: str, row: int, col: int) -> None:
     figure.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, row=row, col=col)
 
 
-def finish(figure: go.Figure, title: str, subtitle: str, note: str, height: int) -> go.Figure:
-    """The look that all figures share."""
+def wrapped(origin: str) -> str:
+    """Where and when something was measured, in lines that the narrowest figure has room for."""
+    return "<br>".join(escape(line, quote=False) for line in wrap(origin, _NARROW))
+
+
+def finish(
+    figure: go.Figure, title: str, subtitle: str, note: str, height: int, origin: str = ""
+) -> go.Figure:
+    """The look that all figures share.
+
+    Args:
+        figure: What to give it to.
+        title: Its first line, in bold.
+        subtitle: What it shows, in a line that a narrow figure cuts.
+        note: The end of that line.
+        height: In pixels, with that one line.
+        origin: Where and when it was measured, if not here and now; it comes first and is not cut.
+    """
     ink, grid = "#7a7a7a", "rgba(128,128,128,.22)"
     small = " · ".join(part for part in (subtitle, note) if part)
+    if origin:
+        small = f"{wrapped(origin)}<br>{small}"
+    more = LINE * small.count("<br>")
+    height += more
     has_legend = any(trace.showlegend is not False for trace in figure.data)
     figure.update_layout(
         title={
@@ -45,7 +70,7 @@ def finish(figure: go.Figure, title: str, subtitle: str, note: str, height: int)
             "font": {"size": 16},
         },
         height=height,
-        margin={"l": 64, "r": 24, "t": 96, "b": 104 if has_legend else 56},
+        margin={"l": 64, "r": 24, "t": 96 + more, "b": 104 if has_legend else 56},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": ink, "size": 12},

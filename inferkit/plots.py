@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from itertools import cycle, pairwise
 from typing import TYPE_CHECKING
 
@@ -68,7 +67,8 @@ def percentiles(summary: LatencySummary) -> go.Figure:
 
     figure = make_subplots()
     _add_percentiles(figure, summary)
-    return finish(figure, "Latency percentiles", _named(summary), "", height=390)
+    title, origin = "Latency percentiles", summary.origin
+    return finish(figure, title, _named(summary), "", height=390, origin=origin)
 
 
 def request_figure(latency: Latency, origin: str = "") -> go.Figure:
@@ -93,9 +93,9 @@ def request_figure(latency: Latency, origin: str = "") -> go.Figure:
         for name, value in (("TTFT", latency.ttft), ("TPOT", latency.tpot), ("E2E", latency.e2e))
         if value is not None
     ]
-    parts += [escape(origin, quote=False)] if origin else []
     title = f"Latency of one request, {latency.output_tokens:,} tokens"
-    return finish(figure, title, " · ".join(["vLLM definitions", *parts]), note, height=440)
+    subtitle = " · ".join(["vLLM definitions", *parts])
+    return finish(figure, title, subtitle, note, height=440, origin=origin)
 
 
 def summary_figure(summary: LatencySummary) -> go.Figure:
@@ -124,7 +124,7 @@ def summary_figure(summary: LatencySummary) -> go.Figure:
     title = f"{summary.completed:,} request{'s' if summary.completed != 1 else ''}"
     if summary.failed:
         title += f", {summary.failed:,} failed"
-    return finish(figure, title, _named(summary), note, height=780)
+    return finish(figure, title, _named(summary), note, height=780, origin=summary.origin)
 
 
 def _named(summary: LatencySummary) -> str:
@@ -136,8 +136,6 @@ def _named(summary: LatencySummary) -> str:
     ]
     if summary.output_tokens_per_second is not None:
         parts.append(f"{summary.output_tokens_per_second:,.1f} output tokens/s")
-    if summary.origin:
-        parts.append(summary.origin)
     return " · ".join(parts)
 
 

@@ -345,6 +345,20 @@ def test_a_name_that_no_folder_takes_is_refused_with_the_limit(
         ik.open("a" * 300)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("path", ["/", ".", "/dev/null"])
+def test_what_is_no_file_is_not_replaced(path: str, overwrite: bool) -> None:
+    for write in (lambda: small().save(path, overwrite=overwrite), lambda: begin(path, overwrite)):
+        with pytest.raises(ik.OptionError, match=r"is a folder|no file to replace"):
+            write()
+    assert not Path("/dev/null").is_file()
+
+
+def begin(path: str, overwrite: bool) -> None:
+    with ik.record("one", path=path, overwrite=overwrite):
+        pass
+
+
 def test_the_longest_name_that_is_taken_can_be_recorded_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,6 +323,26 @@ def test_steps_are_those_of_the_engine(watching: Feed, model: ik.Model) -> None:
     assert first[:, 3].sum() == sum(len(g.token_ids) - 1 for g in gens)
 
 
+def test_requests_that_wait_while_none_runs_are_rows_without_tokens(feed: Feed) -> None:
+    time.sleep(0.1)  # in which nobody waited
+    arrived = time.perf_counter_ns()
+    model = stage(Played(arrival=arrived), Played(arrival=arrived + 1))
+    feed.attach(model)
+    model._engine.waiting = 2
+    assert "steps" not in feed.poll().tables  # a moment is no wait
+    time.sleep(0.06)
+    [row] = feed.poll().tables["steps"]
+    assert row[0] == pytest.approx((arrived - feed.epoch) / 1e9)
+    assert row[1] >= 60
+    assert list(row[2:]) == [0, 0, 0, 2, 0]
+    time.sleep(0.06)
+    [later] = feed.poll().tables["steps"]
+    assert later[0] == pytest.approx(row[0] + row[1] / 1e3)
+    model._engine.running = 1
+    time.sleep(0.06)
+    assert "steps" not in feed.poll().tables
+
+
 def test_a_request_that_ends_while_it_is_read_is_told_whole(feed: Feed) -> None:
     request = Played()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from lab import NOTE_WHAT_IS_PAINTED
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from inferkit.notebook import assets
 
@@ -93,6 +93,23 @@ def test_nothing_ran_before_what_began_of_late(page: Page) -> None:
     tell(page, now={"time": 5.0, "running": 2})
     tell(page, now={"time": 7.0, "running": 2})
     assert occupancy(page) == [[1.0, 1, 0], [1.1, 0, 0], [5.0, 2, 0], [7.0, 2, 0]]
+
+
+def test_a_row_without_tokens_is_waiting_and_no_step(page: Page) -> None:
+    stood = [1.1, 900.0, 0, 0, 0, 3, 0]
+    tell(page, now={"time": 2.2}, steps=[step(1.0, 0.1, 2, 3), stood, step(2.0, 0.1, 2, 1)])
+    assert occupancy(page)[:3] == [[1.0, 2, 3], [1.1, 0, 3], [2.0, 2, 1]]
+    whether = "() => [0, 1, 2].map(row => isStep(store.tables.steps, row))"
+    assert page.evaluate(whether) == [True, False, True]
+
+
+def test_what_was_of_late_is_forgotten_when_nothing_comes_but_a_beat(page: Page) -> None:
+    tell(page, now={"time": 1.2, "p50": 31.0, "p99": 40.0}, steps=[step(1.0, 0.1, running=1)])
+    legend = page.locator(".ik-legend").first
+    expect(legend).to_contain_text("p50 31.0 ms")
+    later = {"time": 12.0, "rate": 0, "p50": None, "p99": None, "running": 0, "waiting": 0}
+    page.evaluate("now => told({ type: 'beat', now })", later | {"capacity": 0})
+    expect(legend).not_to_contain_text("31.0 ms")
 
 
 def test_the_plot_ends_at_the_present_while_requests_run(page: Page) -> None:

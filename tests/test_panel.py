@@ -128,6 +128,7 @@ class Browser:
         self.messages: list[str] = []
         self.wholes = 0
         self.now: dict[str, Any] = {}
+        self.beats: list[dict[str, Any]] = []
         self.broken: list[BaseException] = []
         self._lock = threading.Lock()
         self._forget()
@@ -154,7 +155,8 @@ class Browser:
         self.parts |= message["parts"]
         self.history += message["parts"].items()
 
-    def _take_beat(self, *_: Any) -> None: ...
+    def _take_beat(self, message: dict[str, Any], _: list[bytes]) -> None:
+        self.beats.append(message["now"])
 
     def _take_update(self, message: dict[str, Any], buffers: list[bytes]) -> None:
         if message["whole"]:
@@ -1757,14 +1759,64 @@ def test_sending_takes_no_error_of_another_field_away(
     assert list(browser.parts["errors"]) == ["context"]
 
 
-def test_a_toggle_shows_what_is_though_another_field_is_wrong(
+def test_what_is_picked_holds_though_another_field_is_wrong_which_stays(
     browse: Callable[..., Browser], own: ik.Model
 ) -> None:
     browser = browse(own)
-    browser.type(max_batch="x")
+    browser.pick(max_batch="0")
     browser.pick(batching="static")
+    browser.pick(context="128")
     browser.settle()
-    assert browser.parts["form"]["batching"] == own.batching
+    assert (own.batching, own.context) == ("static", 128)
+    form = browser.parts["form"]
+    assert (form["batching"], form["context"], form["max_batch"]) == ("static", "128", "0")
+    assert list(browser.parts["errors"]) == ["max_batch"]
+    browser.pick(max_batch="3")
+    browser.settle()
+    assert own.max_batch == 3
+    assert browser.parts["errors"] == {}
+    assert browser.parts["form"]["context"] == "128"
+
+
+def test_what_was_refused_stays_said_while_prompts_are_sent(
+    browse: Callable[..., Browser], own: ik.Model
+) -> None:
+    browser = browse(own)
+    browser.pick(context="9999999999")
+    browser.settle()
+    assert "context" in browser.parts["errors"]
+    browser.send("one", prompt="Once", max_tokens="1")
+    browser.settle()
+    browser.send("one", prompt=" ")
+    browser.settle()
+    assert set(browser.parts["errors"]) == {"context", "prompt"}
+    browser.send("one", prompt="Once")
+    browser.settle()
+    assert set(browser.parts["errors"]) == {"context"}
+    browser.type(context="64")
+    browser.settle()
+    assert browser.parts["errors"] == {}
+
+
+def test_memory_is_told_of_the_model_that_ran(
+    browse: Callable[..., Browser], own: ik.Model, model: ik.Model
+) -> None:
+    browser = browse(own)
+    own.generate("Once", max_tokens=1)
+    browser.ended(1)
+    wait_until(lambda: "KV cache" in dict(browser.parts.get("summary") or ()))
+    request = own.submit("Once", max_tokens=100, ignore_eos=True)
+    browser.act("attach", model=model.name)
+    browser.settle()
+    request.result()
+    browser.ended(2)
+    wait_until(lambda: "KV cache" not in dict(browser.parts["summary"]))
+
+
+def test_a_beat_tells_the_present(browse: Callable[..., Browser], model: ik.Model) -> None:
+    browser = browse(model)
+    wait_until(lambda: browser.beats)
+    assert browser.beats[-1]["p50"] is None
 
 
 def test_a_run_that_nobody_saw_running_is_summed_up(

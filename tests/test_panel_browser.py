@@ -184,7 +184,7 @@ class PanelView:
         found: dict[str, Any] = figures.last.evaluate(
             "({data, layout}) => ({"
             "  traces: Object.fromEntries(data.map(({name, x}) => [name, x.length])),"
-            "  marks: layout.annotations.map(({text}) => text) })"
+            "  marks: (layout.annotations ?? []).map(({text}) => text) })"
         )
         return found
 

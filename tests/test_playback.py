@@ -72,11 +72,16 @@ def test_the_live_plot_has_what_it_would_have_of_an_engine(played: list[Any]) ->
     assert tables["steps"][:, decode].sum() == 3
 
 
-def test_long_waits_are_cut(played: list[Any]) -> None:
+def test_long_waits_are_cut_and_it_says_so(
+    played: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     apart = experiment(request(0, 10 * MS), request(60_000 * MS, 10 * MS))
     began = time.perf_counter()
     shown(played, apart, pause=0.05)
     assert time.perf_counter() - began < 10
+    assert "59.9 s in which nothing happened are left out." in capsys.readouterr().out
+    shown(played, experiment(request(0, 10 * MS)))
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("after", [60_000 * MS, 10**18])

@@ -13,11 +13,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import nbformat
 import pytest
 from measured import small
 
 from inferkit.errors import OptionError
-from inferkit.experiments import sharing
+from inferkit.experiments import player, sharing
 from inferkit.experiments.experiment import Experiment
 from inferkit.experiments.file import ModelEntry
 from inferkit.experiments.sharing import BinderLink, binder_link
@@ -467,9 +468,57 @@ def test_an_experiment_that_binder_could_not_run_again(
     devices: list[str], weights: int, words: str | None, repo: str | None, clone: Path
 ) -> None:
     link = binder_link(repo, "main", experiment=experiment(devices, weights))
-    said = [warning for warning in link.warnings if "ik.play(...)" in warning]
+    said = [warning for warning in link.warnings if "cannot be run again" in warning]
     assert len(said) == (words is not None)
     assert words is None or words in said[0]
+
+
+def test_the_link_to_an_experiment_that_binder_cannot_run_opens_the_notebook_that_plays_it(
+    clone: Path,
+) -> None:
+    exp = experiment(["cuda:0"], 10**9)
+    exp.save(clone / "notebooks" / "e.inferkit.json")
+    assert any(
+        "exp.export('name.playback.ipynb')" in w for w in binder_link(experiment=exp).warnings
+    )
+    path = player.beside(exp)
+    assert path == clone / "notebooks" / "e.playback.ipynb"
+    commit()
+    pushed()
+    link = binder_link(experiment=exp)
+    assert opened(link) == "lab/tree/notebooks/e.playback.ipynb"
+    (warning,) = beside_public(link)
+    assert warning.endswith("notebooks/e.playback.ipynb, which plays it, is opened.")
+    given = binder_link(notebook="notebooks/first.ipynb", experiment=exp)
+    assert opened(given) == "lab/tree/notebooks/first.ipynb"
+
+
+def test_what_binder_can_run_needs_no_notebook_that_plays_it(clone: Path) -> None:
+    exp = experiment(["cpu"], 10**9)
+    exp.save(clone / "e.inferkit.json")
+    assert player.beside(exp) is None
+    assert player.beside(experiment(["cuda:0"], 10**9)) is None  # it is in no file
+
+
+def test_a_notebook_that_plays_an_experiment_is_a_valid_one_and_is_not_written_over(
+    clone: Path,
+) -> None:
+    exp = experiment(["cuda:0"], 10**9)
+    with pytest.raises(OptionError, match="in no file"):
+        exp.export("p.ipynb")
+    exp.save(clone / "notebooks" / "it's.json")
+    made = exp.export("p.ipynb")
+    read = nbformat.read(made, as_version=4)
+    nbformat.validate(read)
+    assert """ik.open("notebooks/it's.json")""" in read.cells[1].source
+    assert "recorded" in read.cells[0].source
+    with pytest.raises(OptionError, match="exists already"):
+        exp.export("p.ipynb")
+    mine = player.beside(exp)
+    assert mine is not None
+    mine.write_text("mine")
+    assert player.beside(exp) == mine
+    assert mine.read_text() == "mine"
 
 
 def test_an_experiment_whose_file_is_not_in_the_commit(clone: Path, tmp_path: Path) -> None:

@@ -197,8 +197,9 @@ class Experiment:
             path: Of the file.
             kind: "html", a report in one page that works offline; "csv" or "parquet", a row for
                 each request; "vllm", the JSON of ``vllm bench serve --save-result
-                --save-detailed``; "aiperf", AIPerf's JSONL. None goes by the end of the name:
-                .html, .csv, .parquet, .jsonl (AIPerf's).
+                --save-detailed``; "aiperf", AIPerf's JSONL; "playback", a notebook that plays its
+                file. None goes by the end of the name: .html, .csv, .parquet, .jsonl (AIPerf's),
+                .ipynb.
             overwrite: Replace a file that is there.
             other: An experiment to compare it with, in a report.
 
@@ -206,9 +207,11 @@ class Experiment:
             OptionError: There is a file already, or it does not say which form; the path is none.
             ExperimentError: It cannot be written.
         """
-        from inferkit.experiments import exports, report
+        from inferkit.experiments import exports, player, report
 
         target = store.local_path(path)
+        if kind == "playback" or (kind is None and target.suffix.lower() == ".ipynb"):
+            return player.to_notebook(self, target, overwrite=overwrite)
         if kind == "html" or (kind is None and target.suffix.lower() in (".html", ".htm")):
             return report.to_html(self, target, overwrite=overwrite, other=other)
         return exports.write(self, target, kind, overwrite=overwrite)

@@ -79,7 +79,7 @@ def record(
     Args:
         name: What to call it.
         path: The file; None for one in the working directory that is called by the name.
-        redact: Leave out prompts, outputs and stop strings; their lengths and times stay.
+        redact: Leave out prompts, outputs and what stops them; their lengths and times stay.
         overwrite: Replace a file that is there. Of a recording that was not brought to its end, the
             journal is kept under another name, which a warning says; one that is under way stays.
         progress: Show a bar while the model's files are hashed, or call this with (what, done,
@@ -432,7 +432,7 @@ class Recording:
             facts["chunks"] = [self._since(moment) for moment in trace.chunks]
         if trace.draft_tokens:
             facts |= {n: getattr(trace, n) for n in ("draft_tokens", "accepted_tokens")}
-        if not (self._redact and isinstance(gen.stop_reason, str)):
+        if not self._redact:
             facts["stop_reason"] = gen.stop_reason
         if gen.error is not None:
             facts["error"] = [type(gen.error).__name__, scrubbed(str(gen.error))]
@@ -441,7 +441,7 @@ class Recording:
     def _entry(self, model: int, mode: int, request: Request) -> RequestEntry:
         params = msgspec.convert(asdict(request.params), Sampling)
         if self._redact:
-            del params["stop"]
+            del params["stop"], params["stop_token_ids"]
         return RequestEntry(
             model=model,
             mode=mode,

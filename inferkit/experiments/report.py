@@ -20,6 +20,7 @@ from inferkit.experiments.file import ModeEntry, RequestEntry
 from inferkit.experiments.store import check_free, local_path, write_bytes, writing
 from inferkit.html import format_bytes, format_number, one_line
 from inferkit.latency import LatencySummary
+from inferkit.look import LINE, wrapped
 from inferkit.trace import NS
 
 if TYPE_CHECKING:
@@ -221,12 +222,10 @@ def _drawing(figure: go.Figure, origin: str, *, wide: bool = False) -> _Drawing:
     """Take the title that `inferkit.look.finish` gave a figure off it."""
     title, _, small = figure.layout.title.text.partition("</b><br>")
     caption = small.partition(">")[2].removesuffix("</span>")
-    if origin not in caption:
-        caption = f"{caption} · {origin}"
-    margin = figure.layout.margin.t - _TITLE
-    figure.update_layout(
-        title=None, margin={"t": margin, "l": 58, "r": 14}, height=figure.layout.height - _TITLE
-    )
+    taken = _TITLE + LINE * caption.count("<br>")
+    caption = f"{caption.removeprefix(f'{wrapped(origin)}<br>')} · {origin}"
+    margin, height = figure.layout.margin.t - taken, figure.layout.height - taken
+    figure.update_layout(title=None, margin={"t": margin, "l": 58, "r": 14}, height=height)
     return _Drawing(title.removeprefix("<b>"), caption, figure, wide)
 
 

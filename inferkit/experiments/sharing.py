@@ -20,18 +20,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import quote, urlsplit
 
 from inferkit.errors import OptionError, first_line
 from inferkit.experiments.environment import notebook_name
 from inferkit.experiments.experiment import Experiment
-from inferkit.html import format_bytes, listed
+from inferkit.experiments.player import player_of, reasons_against
+from inferkit.html import listed
 
 __all__ = ["BinderLink", "binder_link"]
 
 _BINDER = "https://mybinder.org"
-_ROOM = 1_200_000_000  # bytes of weights that 2 GB hold beside torch and a kernel
+_PLAYER = "a notebook that plays it is written by exp.export('name.playback.ipynb')"
 _GIT_SECONDS = 10
 _LOOK_SECONDS = 5
 _SHOWN = 3  # files that a warning names
@@ -109,7 +110,9 @@ def binder_link(
             an address are left out.
         ref: Branch, tag or commit. None: the present commit of the working directory.
         notebook: Path in the repository, or from the working directory. None: the notebook that
-            runs this, or else JupyterLab's start page.
+            runs this, or else JupyterLab's start page; of an ``experiment`` that Binder could not
+            run again, the notebook beside its file that plays it (NAME.playback.ipynb), if it is
+            there.
         experiment: What the notebook shows; warns where its file is not in that version, and where
             Binder could not run it again.
         check_public: Ask the repository's host whether it can be read without credentials, as
@@ -142,6 +145,9 @@ def binder_link(
     version = clone.version(ref, remote)
     path, unplaced = clone.path_of(notebook)
     file, homeless = clone.file_of(experiment)
+    plays = clone.player_of(experiment, file) if notebook is None else None
+    if plays is not None:
+        path, unplaced = plays, []
     warnings = [
         *place.warnings,
         *version.warnings,
@@ -149,7 +155,7 @@ def binder_link(
         *homeless,
         *clone.missing(version, path, file),
         *clone.uncommitted(version, file),
-        *_experiment_warnings(experiment),
+        *_experiment_warnings(experiment, plays),
         *_public(place, check_public),
     ]
     return BinderLink(_url(place, version.ref, path), tuple(warnings))
@@ -175,7 +181,7 @@ def _unseen(
     within = " and ".join(name for name in (path, file) if name is not None)
     unchecked = f"There is no clone of {place.name} here: whether it has {_checked(ref)!r}"
     unchecked += f" and {within} in it was not checked." if within else " was not checked."
-    found = [*place.warnings, unchecked, *_experiment_warnings(experiment)]
+    found = [*place.warnings, unchecked, *_experiment_warnings(experiment, None)]
     return BinderLink(_url(place, ref, path), (*found, *_public(place, check_public)))
 
 
@@ -217,22 +223,13 @@ def _readable_by_anyone(address: str) -> bool | None:
     return False if _REFUSED.search(reason) else None
 
 
-def _experiment_warnings(experiment: Experiment | None) -> Iterator[str]:
+def _experiment_warnings(experiment: Experiment | None, plays: str | None) -> Iterator[str]:
+    """Why it cannot be run again there, and what shows it then: the notebook ``plays``, or none."""
     if experiment is None:
         return
-    plays = "it cannot be run again there; a notebook that ends with ik.play(...) shows it"
-    accelerators = {d for entry in experiment.models for d in entry.devices} - {"cpu", "disk"}
-    if accelerators:
-        yield (
-            f"{experiment.name!r} ran on {', '.join(sorted(accelerators))}, and Binder has no GPU: "
-            f"{plays}."
-        )
-    for entry in experiment.models:
-        if (entry.parameters_bytes or 0) > _ROOM:
-            yield (
-                f"The weights of {entry.name} take {format_bytes(entry.parameters_bytes or 0)}, "
-                f"more than Binder's 2 GB of memory have room for: {plays}."
-            )
+    shows = f"{plays}, which plays it, is opened" if plays else _PLAYER
+    for reason in reasons_against(experiment):
+        yield f"{reason}: it cannot be run again there; {shows}."
 
 
 # -- the repository, from outside -----------------------------------------------------------------
@@ -528,6 +525,13 @@ class _Clone:
             outside = f"{experiment.path.name} is outside of the repository: save it in there, too."
             return None, [outside]
         return path, []
+
+    def player_of(self, experiment: Experiment | None, file: str | None) -> str | None:
+        """The notebook beside an experiment's file that plays it, where Binder cannot run it."""
+        if experiment is None or file is None or not any(reasons_against(experiment)):
+            return None
+        path = player_of(PurePosixPath(file)).as_posix()
+        return path if (self.root / path).is_file() else None
 
     # -- what the version lacks -----------------------------------------------------------------
 

@@ -251,15 +251,22 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raise OptionError where a file is there already, no folder for it, or its name too long."""
+    """Raise OptionError where a file is there already, no folder for it, or its name too long.
+
+    What is no plain file (a device, a pipe) is not replaced either.
+    """
+    if not path.name:
+        raise OptionError(f"{path} is a folder: name the file to write in it.")
     try:
         if not path.parent.is_dir():
             raise OptionError(f"There is no folder {path.parent} to write {path.name} to: make it.")
         _check_length(path)
-        taken = path.is_dir() or (path.exists() and not overwrite)
+        taken, replaceable = path.exists(), path.is_file()
     except OSError as error:
         raise OptionError(f"{path} cannot be written ({error.strerror}): give another.") from None
-    if taken:
+    if taken and not replaceable:
+        raise OptionError(f"{path} exists already, and is no file to replace: choose another name.")
+    if taken and not overwrite:
         raise OptionError(f"{path} exists already: choose another name, or say overwrite=True.")
 
 

@@ -19,6 +19,7 @@ import msgspec
 
 import inferkit as ik
 from inferkit.errors import InferkitError, ModelUnloadedError, OptionError
+from inferkit.experiments import player
 from inferkit.experiments.recording import latest
 from inferkit.html import counted, listed
 from inferkit.lab import status
@@ -186,6 +187,9 @@ def _share(end: bool = False) -> Answer:
             "removed: exp.save(path) writes it, exp being what ik.record gave."
         )
     try:
+        plays = player.beside(experiment)
+        if plays is not None:
+            text += f" {plays.name} plays it where it cannot be run again."
         link = ik.binder_link(experiment=experiment)
     except Exception as error:  # it is saved all the same
         why, details = _why(error)

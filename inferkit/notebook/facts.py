@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from inferkit.errors import ModelUnloadedError
 from inferkit.html import counted, format_bytes, format_number
 from inferkit.notebook.display import output_rate
 from inferkit.trace import acceptance
 
 if TYPE_CHECKING:
-    from inferkit.generation import Generations
+    from inferkit.generation import Generations, Settings
     from inferkit.model import Model
 
 
@@ -46,7 +48,12 @@ def modes(model: Model) -> dict[str, Any]:
 
 
 def run_summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]:
-    """A run in a line: latency of the requests that completed, by vLLM's definitions."""
+    """A run in a line: latency of the requests that completed, by vLLM's definitions.
+
+    Args:
+        gens: Its results.
+        model: What is shown, whose memory is told where it ran all of them.
+    """
     from inferkit.latency import summarize
 
     if not gens:
@@ -67,6 +74,19 @@ def run_summary(gens: Generations, model: Model | None) -> list[tuple[str, str]]
     if accepted is not None:
         facts.append(("guesses accepted", accepted))
     if model is not None:
-        facts.append(("weights", format_bytes(model.plan.weights)))
-        facts.append(("KV cache", format_bytes(model.plan.kv_cache)))
+        with suppress(ModelUnloadedError):  # in this moment
+            facts += _memory(gens, model)
     return facts
+
+
+def _memory(gens: Generations, model: Model) -> list[tuple[str, str]]:
+    if not all(_ran_on(model, gen.settings) for gen in gens):
+        return []
+    of = model.plan
+    return [("weights", format_bytes(of.weights)), ("KV cache", format_bytes(of.kv_cache))]
+
+
+def _ran_on(model: Model, settings: Settings) -> bool:
+    """Whether a request ran on a model as it is now, so that its memory is that of the run."""
+    now = (model.name, str(model.plan.format), model.max_batch)
+    return (settings.model, settings.quantization, settings.max_batch) == now

@@ -36,6 +36,7 @@ RATE_WINDOW = 2.0
 
 _REQUESTS = 200  # ended ones whose text a view can still show
 _MARKS = 200
+_STANDSTILL = int(0.05 / NS)  # ns without a step, from which on it is no step that begins late
 _RUN = 10_000  # requests of a run whose results are kept
 
 COLUMNS = {
@@ -44,7 +45,10 @@ COLUMNS = {
     "levels": ("time", "p50", "p99"),
     "steps": ("time", "duration", "prefill", "decode", "running", "waiting", "kv"),
 }
-"""The tables and their columns: times in s since `Feed.epoch`, durations in ms, kv in bytes."""
+"""The tables and their columns: times in s since `Feed.epoch`, durations in ms, kv in bytes.
+
+A row of "steps" without tokens is no step: requests waited then, and none ran.
+"""
 
 
 @dataclass(slots=True)
@@ -109,7 +113,7 @@ class Feed:
         self._window = Window(WINDOW)
         self._moments: list[float] = []  # of the tokens of late
         self._listens = True
-        self._step_seen = self.epoch
+        self._step_seen = self._stood_until = self.epoch
         self._peeked = Update()
         self._facts: dict[str, Any] = {}
 
@@ -267,7 +271,7 @@ class Feed:
         rows: dict[str, list[tuple[float, ...]]] = {"tokens": [], "firsts": []}
         for watched in list(self._live):
             self._read(watched, until, rows, update)
-        steps = [self._step_row(s) for s in self._new_steps()]
+        steps = [self._step_row(s) for s in self._new_steps()] or self._standstill(until)
         levels = self._levels(rows["tokens"])
         for name, new in (*rows.items(), ("steps", steps), ("levels", levels)):
             if new:
@@ -343,6 +347,21 @@ class Feed:
             step.waiting,
             step.kv_bytes,
         )
+
+    def _standstill(self, until: int) -> list[tuple[float, ...]]:
+        """A row without tokens for the time in which requests wait and none runs.
+
+        They wait so for a change of mode, which is why their tokens are late.
+        """
+        engine = self._engine
+        if engine is None or engine.running or not engine.waiting:
+            return []
+        oldest = min((request.arrival for request in engine.requests), default=until)
+        since = max(oldest, self._step_seen, self._stood_until)
+        if until - since < _STANDSTILL:
+            return []
+        self._stood_until = until
+        return [(self._since(since), (until - since) * 1e-6, 0, 0, 0, engine.waiting, 0)]
 
     def _levels(self, new: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
         """A row of rolling quantiles at the newest gap, where there is one."""

@@ -109,6 +109,20 @@ def load_options(form: Form) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != ""}
 
 
+def load_option(form: Form, name: str) -> Any:
+    """One of `load_options`; None where its field is empty. What is wrong elsewhere is no matter.
+
+    Raises:
+        FormError: Of this field.
+    """
+    try:
+        return load_options(form).get(name)
+    except FormError as error:
+        if name in error.fields:
+            raise FormError({name: error.fields[name]}) from None
+    return load_options({**EMPTY, name: form[name]}).get(name)
+
+
 def plan_options(form: Form) -> dict[str, Any]:
     """The options of `inferkit.plan`, ``ref`` among them; errors as for `load_options`."""
     options = load_options(form)

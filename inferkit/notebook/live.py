@@ -6,7 +6,7 @@ browser go::
 
     {type: "update", whole, now, tables: [{name, reset}], marks, requests}    buffers: the rows
     {type: "state", parts}     of the panel, see panel.py
-    {type: "beat"}             every other second where nothing else is sent
+    {type: "beat", now}        every other second where nothing else is sent
 
 and from it come ``{type: "hello"}``, which is answered by an update with all that there is;
 ``{type: "watch"}``, without which nothing is sent after a while; and the panel's ``act``.
@@ -234,7 +234,7 @@ class LivePlot(anywidget.AnyWidget):
             self._send_update(update, whole=False)
             self._behind = False
         elif time.monotonic() >= self._beat_at:
-            self._say({"type": "beat"})
+            self._say({"type": "beat", "now": self._feed.now()})
 
     def _send_update(self, update: Update, whole: bool) -> None:
         names = [name for name in COLUMNS if whole or name in update.tables]

@@ -26,6 +26,7 @@ from inferkit.arguments import (
     given,
     replay_options,
 )
+from inferkit.experiments import player
 from inferkit.html import format_bytes, listed
 from inferkit.notebook import completion
 from inferkit.notebook.commands import (
@@ -180,6 +181,9 @@ class InferMagics(Magics):
         shown = None if self._recording is None else self._recording.experiment
         if "experiment" in arguments:
             shown = ik.open(arguments.experiment)
+        plays = None if shown is None or "notebook" in options else player.beside(shown)
+        if plays is not None:
+            print(f"{plays} plays it where it cannot be run again.")
         self._show(ik.binder_link(**options, experiment=shown))
 
     def _keep(self, result: object, target: str | None) -> None:

@@ -43,6 +43,7 @@ _LOOK = 1.0  # seconds between two looks at what cells have loaded
 _DEVICES = 2.0  # seconds between two looks at the memory
 _MODES = ("quantize", "batching", "speculative", "max_batch", "context")
 _TYPED = ("max_batch", "context")  # of these
+_LOADED_WITH = ("ref", "device", *_MODES)
 _AT_ONCE = ("batching", "speculative")  # the others wait for requests that run
 
 
@@ -63,7 +64,7 @@ class Panel(LivePlot):
         check_model(model)
         self._form = dict(form.EMPTY)
         self._filled: dict[str, Any] = {}  # what the model's modes were when last put into it
-        self._errors: dict[str, dict[str, str]] = {"form": {}, "sending": {}}
+        self._errors: dict[str, dict[str, str]] = {"form": {}, "used": {}}
         self._sent: recipe.Sent | None = None
         self._coded: Any = None  # what the code was made of
         self._planned: Any = None
@@ -97,7 +98,8 @@ class Panel(LivePlot):
         if progress.stopped(error):
             return  # somebody has pressed Cancel
         if isinstance(error, FormError):
-            self._show_errors("sending", error.fields)
+            with self._sending:
+                self._show_errors("used", self._errors["used"] | error.fields)
         elif isinstance(error, InferkitError):
             self._put("failure", {"title": "", "text": str(error), "details": ""})
         else:
@@ -106,7 +108,13 @@ class Panel(LivePlot):
     def _show_errors(self, kind: str, fields: dict[str, str]) -> None:
         """What is wrong with the form as it is typed, or what was when it was used last."""
         self._errors[kind] = dict(fields)
-        self._put("errors", self._errors["sending"] | self._errors["form"])
+        self._put("errors", self._errors["used"] | self._errors["form"])
+
+    def _forget_errors(self, *fields: str) -> None:
+        """Take away what was wrong with these when they were used."""
+        with self._sending:
+            left = {k: v for k, v in self._errors["used"].items() if k not in fields}
+            self._show_errors("used", left)
 
     def _show_model(self) -> None:
         """What the model is now, and what code gives it."""
@@ -174,6 +182,7 @@ class Panel(LivePlot):
             kept = self._form if typed is None else typed
             self._filled = modes(model)
             same = {k for k in self._filled if self._form[k] == kept.get(k)}
+            self._forget_errors(*same)
             self._change_form({k: self._filled[k] for k in same})
 
     def _find_choices(self) -> None:
@@ -213,8 +222,8 @@ class Panel(LivePlot):
     def _edit(self, fields: dict[str, Any]) -> None:
         with self._sending:
             self._change_form({name: fields[name] for name in fields if name in form.EMPTY})
-            left = {k: v for k, v in self._errors["sending"].items() if k not in fields}
-            self._show_errors("sending", left)
+            about = {*fields, "prompt"} if "chat" in fields else fields  # a template may be lacking
+            self._forget_errors(*about)
             if "ref" in fields:
                 self._put("failure", None)  # it was of another model
         self._plans.do(self._plan, "plan")
@@ -291,6 +300,7 @@ class Panel(LivePlot):
     def _load(self, typed: dict[str, Any]) -> None:
         from inferkit.registry import load
 
+        self._forget_errors(*_LOADED_WITH)
         options = form.load_options(typed)
         self._put("failure", None)
         if self._named_model(typed) is not None:
@@ -315,14 +325,15 @@ class Panel(LivePlot):
     def _apply(self, typed: dict[str, Any], name: str) -> None:
         """Change the loaded model at once; of one that is not loaded only the plan changes.
 
-        What was typed and is refused stays, with the reason at its field; a toggle goes back.
+        What was typed and is refused stays, with the reason at its field; a toggle goes back. What
+        is typed into other fields, and was refused or has not had its turn, is no matter here.
         """
         model = self._named_model(typed)
         if model is None or name not in _MODES:
             return
-        kept = dict(typed)
+        kept = {**self._filled, name: typed[name]}
         try:
-            value = form.load_options(typed).get(name)
+            value = form.load_option(typed, name)
             if value is not None and value != getattr(model, _attribute(name)):
                 self._change(model, name, value)
         except (OptionError, DoesNotFitError) as error:
@@ -348,6 +359,7 @@ class Panel(LivePlot):
 
     def _submit(self, typed: dict[str, Any], how: str) -> None:
         model = self._feed.model
+        self._forget_errors(*(field for field in form.EMPTY if field not in _LOADED_WITH))
         if model is None:
             raise FormError({"prompt": "Load a model first."})
         options = form.sampling_options(typed)
@@ -358,7 +370,6 @@ class Panel(LivePlot):
                 requests = submit(model, prompts, chat, options)
         except PromptError as error:
             raise FormError({"prompt": str(error)}) from None
-        self._show_errors("sending", {})
         self._put("failure", None)
         seeds = [request.sampler.seed for request in requests]
         self._sent = recipe.Sent(prompts, options, seeds, chat)

@@ -102,8 +102,7 @@ def figure(feed: Feed, origin: str = "") -> go.Figure:
     thinned = feed.tables["tokens"].thinned
     note = "older points thinned to the extremes" if thinned else ""
     subtitle = f"{counted(len(update.requests), 'request')} · gap before each token"
-    said = " · ".join(part for part in (note, escape(origin, quote=False)) if part)
-    return finish(made, "Latency of each token", subtitle, said, height=520)
+    return finish(made, "Latency of each token", subtitle, note, height=520, origin=origin)
 
 
 def still(feed: Feed, name: str) -> tuple[str, str, str]:

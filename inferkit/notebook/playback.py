@@ -31,6 +31,7 @@ from inferkit.experiments.experiment import (
 )
 from inferkit.experiments.file import ExperimentFile, ModeEntry, RequestEntry, unpack
 from inferkit.generation import Generation, Generations
+from inferkit.html import format_number
 from inferkit.model import Model
 from inferkit.notebook.display import show
 from inferkit.notebook.live import LivePlot
@@ -78,6 +79,8 @@ class Playback(LivePlot):
     def _ipython_display_(self, **options: Any) -> None:
         where = f"Playback of {self.experiment.name!r}: {self.experiment.origin}. "
         text = f"{where}Nothing runs: these are the recorded times."
+        if cut := self._stage.cut:
+            text += f" {format_number(cut)} s in which nothing happened are left out."
         if any(trace_of(one).chunks is not None for one in self.experiment.file.requests):
             text += " Tokens that arrived in one chunk are shown at once."
         html = f'<div class="inferkit" style="opacity:.8">{escape(text)}</div>'
@@ -167,6 +170,11 @@ class _Stage:
         self.plan = SimpleNamespace(format=mode.format)
         self.batching, self.max_batch, self.context = mode.batching, mode.max_batch, mode.context
         self.compilation, self.speculative = mode.step == "compiled", mode.speculative
+
+    @property
+    def cut(self) -> float:
+        """Seconds of waiting that are not played."""
+        return self._shorter.cut
 
     def steps_since(self, moment: int) -> list[StepRecord]:
         """As `Engine.steps_since`; the steps follow from the requests' times."""
@@ -326,6 +334,11 @@ class _Shortened:
                 gone += begins - busy_until - most
                 self._cuts.append((begins, gone))
             busy_until = max(busy_until, ends)
+
+    @property
+    def cut(self) -> float:
+        """How much is cut in all, in seconds."""
+        return self._cuts[-1][1] * NS if self._cuts else 0.0
 
     def __call__(self, moment: int) -> int:
         gone, kept_until = 0, moment

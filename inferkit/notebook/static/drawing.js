@@ -116,6 +116,7 @@ function drawSteps(u, store, theme) {
   inside(u, (ctx, ratio) => {
     ctx.font = theme.font.replace("11px", `${10 * ratio}px`);
     for (let i = start; i < end; i++) {
+      if (!isStep(store.tables.steps, i)) continue;
       const left = u.valToPos(times[i], "x", true);
       const right = u.valToPos(times[i] + durations[i] / 1e3, "x", true);
       const top = u.valToPos(durations[i], "y", true);

@@ -171,7 +171,7 @@ function createPanel(store, root) {
         `step ${model.step.split(":")[0]}`,
         ...(model.speculative === "off" ? [] : [`speculation ${model.speculative}`]),
       ].join(" · ")} `]
-      : ["No model is loaded: choose one and press Load."]));
+      : [model === null ? "No model is loaded: choose one and press Load." : "Asking the kernel …"]));
     facts.title = model ? `Decode step: ${model.step}` : "";
     fallback.hidden = !model?.fallback;
     fallback.textContent = model?.fallback ? `Runs one at a time: ${model.fallback}` : "";

@@ -226,8 +226,9 @@ function createPlot(store, root, alongside = () => {}) {
     const at = lowerBound(steps[0], time + 1e-9) - 1;
     if (at >= 0 && time <= steps[0][at] + steps[1][at] / 1e3 + reach) {
       const [, duration, prefill, decode, running, waiting, kv] = steps.map((column) => column[at]);
-      parts.push(`step of ${ms(duration)} ms: ${prefill} prompt + ${decode} output tokens, `
-        + `${running} running, ${waiting} waiting, KV ${size(kv)}`);
+      const what = isStep(steps, at)
+        ? `step of ${ms(duration)} ms: ${prefill} prompt + ${decode} output tokens, ` : "no step: ";
+      parts.push(`${what}${running} running, ${waiting} waiting, KV ${size(kv)}`);
     }
     readout.textContent = parts.join(" · ");
   }
@@ -267,7 +268,7 @@ function createPlot(store, root, alongside = () => {}) {
     plots[1].setData(stepwise(steps, [RUNNING, WAITING], load, present(store)));
     if (more.open) {
       if (!timeline.length) buildTimeline();
-      timeline[0].setData([steps[0], steps[1]]);
+      timeline[0].setData([steps[0], steps[1].map((each, i) => (isStep(steps, i) ? each : null))]);
       timeline[1].setData(stepwise(steps, [KV], kept, present(store)));
       under.kv.textContent = store.now?.capacity ? `KV cache of ${size(store.now.capacity)}` : "";
     }

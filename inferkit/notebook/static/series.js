@@ -53,6 +53,9 @@ function present({ now, since, tables }) {
   return { since, time: now.time, values };
 }
 
+// Whether a row of the steps is one: in others requests waited, and none ran.
+const isStep = ([, , prefill, decode], row) => prefill[row] + decode[row] > 0;
+
 // Columns of the steps over time, as lines that are zero where nothing ran.
 function stepwise(steps, picked, made, last = null) {
   const [times, durations] = steps;

@@ -63,6 +63,11 @@ function createStore(model) {
     }
   }
 
+  function beNow(now) {
+    store.now = now;
+    store.since = now.running + now.waiting > 0 ? store.since ?? now.time : null;
+  }
+
   const receive = {
     state(message) {
       Object.assign(store.parts, message.parts);
@@ -77,11 +82,16 @@ function createStore(model) {
       message.requests.forEach(addRequest);
       forgetOld();
       store.marks.push(...message.marks);
-      store.now = message.now;
-      store.since = store.now.running + store.now.waiting > 0 ? store.since ?? store.now.time : null;
+      beNow(message.now);
       tell("update");
     },
-    beat() {},
+    // What was of late may be so no more.
+    beat({ now }) {
+      const shown = ["rate", "p50", "p99", "running", "waiting"];
+      const changed = shown.some((name) => store.now?.[name] !== now[name]);
+      beNow(now);
+      if (changed) tell("update");
+    },
   };
 
   model.on("msg:custom", (message, buffers) => {
