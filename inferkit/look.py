@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 SKY, VERMILION, PURPLE = "#56B4E9", "#D55E00", "#CC79A7"
 LINES = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
-LINE = 16
+LINE = 21
 """Pixels that a line under the title takes."""
-_NARROW = 54  # characters of such a line that 360 pixels have room for
+_LONGEST = 88  # characters of such a line, of which 360 pixels have room for 54
 INSIDE = {"xref": "x domain", "yref": "y domain", "showarrow": False}
 
 
@@ -36,8 +36,8 @@ def say(figure: go.Figure, text: str, row: int, col: int) -> None:
 
 
 def wrapped(origin: str) -> str:
-    """Where and when something was measured, in lines that the narrowest figure has room for."""
-    return "<br>".join(escape(line, quote=False) for line in wrap(origin, _NARROW))
+    """Where and when something was measured, in lines of which a narrow figure cuts the ends."""
+    return "<br>".join(escape(line, quote=False) for line in wrap(origin, _LONGEST))
 
 
 def finish(
@@ -51,7 +51,7 @@ def finish(
         subtitle: What it shows, in a line that a narrow figure cuts.
         note: The end of that line.
         height: In pixels, with that one line.
-        origin: Where and when it was measured, if not here and now; it comes first and is not cut.
+        origin: Where and when it was measured, if not here and now: first, so that it is not cut.
     """
     ink, grid = "#7a7a7a", "rgba(128,128,128,.22)"
     small = " · ".join(part for part in (subtitle, note) if part)
