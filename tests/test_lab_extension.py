@@ -188,9 +188,24 @@ def sidebar(window: Sidebar) -> Sidebar:
 
 
 def front(sidebar: Sidebar, name: str) -> None:
+    reveal(sidebar, name)
+    sidebar.tab.wait_until_ready()
+
+
+def reveal(sidebar: Sidebar, name: str) -> None:
+    """Show a notebook, which may have no kernel."""
     sidebar.tab.command("docmanager:open", {"path": name})
     sidebar.tab.page.wait_for_function(f"{NOTEBOOK}?.context?.path === '{name}'")
-    sidebar.tab.wait_until_ready()
+
+
+def reload(sidebar: Sidebar) -> None:
+    """Load the page anew, as it is."""
+    page = sidebar.tab.page
+    sidebar.tab.save()
+    page.wait_for_timeout(1500)  # JupyterLab saves the layout a second after it changed
+    page.goto(page.url.partition("?")[0])
+    page.wait_for_function("window.jupyterapp !== undefined")
+    page.evaluate("jupyterapp.restored")
 
 
 def wait_for(found: Callable[[], Any]) -> Any:
@@ -390,6 +405,33 @@ def test_a_change_during_a_request_waits_and_can_be_cancelled(sidebar: Sidebar) 
     sidebar.tab.wait_for_output(GENERATE, r"cancelled \d+")
 
 
+def test_a_change_that_waits_is_read_whole_and_stopping_requests_lets_it_go_on(
+    sidebar: Sidebar,
+) -> None:
+    model = sidebar.model("first.ipynb", "demo")
+    choice = model.get_by_label("Precision of demo")
+    before = choice.input_value()
+    other = "none" if before == "int8wo" else "int8wo"
+    sidebar.tab.run(GENERATE)
+    expect(model.locator(".jp-Inferkit-requests")).to_have_text("1 running, 0 waiting")
+    choice.select_option(other)
+    text = sidebar.kernel("first.ipynb").locator(".jp-Inferkit-work .jp-Inferkit-grow")
+    expect(text).to_contain_text("Waiting for 1 request")
+    assert text.evaluate("text => text.scrollWidth <= text.clientWidth")
+    choice.evaluate("""choice => {
+      window.freed = [];
+      new MutationObserver(() => choice.disabled || window.freed.push(choice.value))
+        .observe(choice, {attributeFilter: ['disabled']});
+    }""")
+    sidebar.button("Stop", model).click()
+    expect(choice).to_be_enabled()
+    expect(choice).to_have_value(other)
+    assert sidebar.tab.page.evaluate("window.freed") == [other]
+    choice.select_option(before)
+    expect(choice).to_have_value(before)
+    expect(choice).to_be_enabled()
+
+
 def test_what_a_kernel_refuses_is_said_and_can_be_dismissed(sidebar: Sidebar) -> None:
     sidebar.tab.command("inferkit:load")
     field = sidebar.root.get_by_label("Model: demo")
@@ -497,6 +539,28 @@ def test_a_kernel_with_an_older_inferkit_says_which_is_needed(sidebar: Sidebar) 
     told.get_by_label("Dismiss").click()
 
 
+def test_the_panel_in_a_tab_says_which_inferkit_its_kernel_needs(sidebar: Sidebar) -> None:
+    page = sidebar.tab.page
+    execute(sidebar, "import sys, inferkit.notebook.actions as kept")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = None")
+    sidebar.tab.command("inferkit:panel-tab")
+    tab = page.locator(".jp-Inferkit-tab")
+    needed = f"This kernel has inferkit {ik.__version__}, and 0.1.0 or later"
+    expect(tab).to_contain_text(needed)
+    front(sidebar, "first.ipynb")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = kept")
+    sidebar.button("Show the panel again", tab).click()
+    expect(tab.locator(".inferkit-panel .ik-about")).to_contain_text("demo is loaded")
+    front(sidebar, "first.ipynb")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = None")
+    sidebar.tab.command("inferkit:panel-tab")  # with its tab open
+    expect(tab).to_contain_text(needed)
+    front(sidebar, "first.ipynb")
+    execute(sidebar, "sys.modules['inferkit.notebook.actions'] = kept")
+    page.locator(".lm-TabBar-tab:has-text('demo') .lm-TabBar-tabCloseIcon").click()
+    expect(tab).to_have_count(0)
+
+
 # -- the panel, cells, commands --------------------------------------------------------------------
 
 
@@ -505,11 +569,7 @@ def test_the_panel_opens_in_a_tab_and_is_there_after_a_reload(sidebar: Sidebar) 
     sidebar.button("Panel", sidebar.model("second.ipynb", "tiny")).click()
     about = page.locator(".jp-Inferkit-tab .inferkit-panel .ik-about")
     expect(about).to_contain_text("tiny is loaded")
-    sidebar.tab.save()
-    page.wait_for_timeout(1500)  # JupyterLab saves the layout a second after it changed
-    page.goto(page.url.partition("?")[0])
-    sidebar.tab.page.wait_for_function("window.jupyterapp !== undefined")
-    page.evaluate("jupyterapp.restored")
+    reload(sidebar)
     expect(sidebar.root).to_be_visible()
     expect(about).to_contain_text("tiny is loaded")
     sidebar.model("first.ipynb", "demo").wait_for()
@@ -555,6 +615,61 @@ def test_the_panel_in_a_tab_is_of_the_model_that_it_is_called_by(
     expect(tab).to_have_count(0)
     execute(sidebar, "[m.unload() for m in ik.models() if m.name == 'other']")
     expect(model).to_have_count(0)
+
+
+@pytest.fixture
+def panel_tab(sidebar: Sidebar, tiny_model: TinyModel) -> Iterator[Locator]:
+    """The panel in a tab, of a notebook of its own, which is in front."""
+    page = sidebar.tab.page
+    front(sidebar, sidebar.lab.write("own.ipynb", ""))
+    execute(sidebar, f"import inferkit as ik\nik.load({str(tiny_model('llama'))!r}, name='shown')")
+    sidebar.button("Panel", sidebar.model("own.ipynb", "shown")).click()
+    tab = page.locator(".jp-Inferkit-tab")
+    expect(tab.locator(".inferkit-panel .ik-about")).to_contain_text("shown is loaded")
+    front(sidebar, "own.ipynb")
+    yield tab
+    page.evaluate(f"{NOTEBOOK}.sessionContext.shutdown()")
+    page.evaluate(f"{NOTEBOOK}.dispose()")
+    expect(tab).to_have_count(0)
+    expect(sidebar.kernels).to_have_count(2)
+
+
+ENDS = {
+    "shut down": f"{NOTEBOOK}.sessionContext.shutdown()",
+    "changed": f"{NOTEBOOK}.sessionContext.changeKernel({{name: 'python3'}})",
+    "shut down elsewhere": (
+        f"jupyterapp.serviceManager.sessions.shutdown({NOTEBOOK}.sessionContext.session.id)"
+    ),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_panel_in_a_tab_says_that_its_kernel_has_ended(
+    sidebar: Sidebar, panel_tab: Locator, end: str
+) -> None:
+    sidebar.tab.page.evaluate(ENDS[end])
+    expect(panel_tab).to_contain_text("The kernel was shut down: its models are gone.")
+    expect(panel_tab.locator(".inferkit-panel")).to_have_count(0)
+    sidebar.button("Show the panel again", panel_tab).click()
+    said = "No model 'shown' is loaded" if end == "changed" else "The notebook has no kernel."
+    expect(panel_tab).to_contain_text(said)
+    reveal(sidebar, "own.ipynb")
+
+
+def test_the_panel_in_a_tab_follows_its_notebook_to_another_name(
+    sidebar: Sidebar, panel_tab: Locator
+) -> None:
+    page = sidebar.tab.page
+    label = page.locator(".lm-TabBar-tab:has-text('shown')")
+    expect(label).to_have_attribute("title", "Inference panel of shown in own.ipynb")
+    page.evaluate(f"{NOTEBOOK}.context.rename('renamed.ipynb')")
+    expect(label).to_have_attribute("title", "Inference panel of shown in renamed.ipynb")
+    sidebar.button("Panel", sidebar.model("renamed.ipynb", "shown")).click()
+    expect(panel_tab).to_have_count(1)
+    reload(sidebar)
+    expect(panel_tab.locator(".inferkit-panel .ik-about")).to_contain_text("shown is loaded")
+    expect(page.locator(".jp-Dialog")).to_have_count(0)
+    front(sidebar, "renamed.ipynb")
 
 
 def test_the_panel_that_a_models_row_inserts_is_of_that_model(
@@ -744,6 +859,12 @@ def test_what_the_server_lacks_is_said_and_forgotten_when_it_is_back(
     problem = sidebar.root.locator(".jp-Inferkit-problem")
     expect(problem).to_contain_text("This Jupyter server has no inferkit")
     expect(problem).to_contain_text("What is shown is from before.")
+    answered(lambda route: route.fulfill(body="<html>", content_type="text/html"))
+    expect(problem).to_contain_text("perhaps a page to log in: reload the page.")
+    whole = msgspec.to_builtins(sidebar.state())
+    lacking = json.dumps(whole | {"kernels": [{"kernel_id": "a"}]})
+    answered(lambda route: route.fulfill(body=lacking, content_type="application/json"))
+    expect(problem).to_contain_text("restart the server.")
     answered(lambda route: route.abort())
     expect(problem).to_contain_text("The Jupyter server does not answer.")
     assert sidebar.kernels.count() == 2

@@ -13,7 +13,7 @@ import time
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from jupyter_client import BlockingKernelClient, KernelManager
 
 import inferkit as ik
 from inferkit.cli import main
+from inferkit.engine.guesses import Lookups
 from inferkit.lab import folder, machine, schema, survey
 from inferkit.lab import status as statuses
 from inferkit.lab.status import Status
@@ -351,6 +352,24 @@ def test_latency_is_that_of_the_requests(status: Status, model: ik.Model) -> Non
     assert shown.ttft in [pytest.approx(1e3 * gen.latency.ttft, abs=0.01) for gen in gens]
     wait_for(lambda: read().models[0].rate == 0)
     assert read().models[0].state == "ready"
+
+
+def test_tokens_that_come_together_are_each_counted(
+    status: Status, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = model.generate("Once upon a time", max_tokens=50, ignore_eos=True).token_ids
+
+    def guess(_: Lookups, entries: Sequence[Any], rooms: Sequence[int]) -> list[list[int]]:
+        begins = [len(entry.tokens) - entry.prompt_length for entry in entries]
+        return [list(known[b : b + max(0, min(room, 4))]) for b, room in zip(begins, rooms)]
+
+    monkeypatch.setattr(Lookups, "guess", guess)
+    monkeypatch.setattr(Lookups, "learn", lambda *_: None)
+    model.configure(speculative="ngram")
+    status.follow(model)
+    gen = model.generate("Once upon a time", max_tokens=50, ignore_eos=True)
+    assert gen.latency.trace.accepted_tokens > 0
+    wait_for(lambda: kernels() and sum((read().models[0].history or nothing).tokens) == 50)
 
 
 nothing = schema.History(end=0, seconds=1, itl=[], ttft=[], tokens=[])

@@ -47,6 +47,7 @@ _GAPS = 512  # that the quantiles are of
 
 @dataclass(slots=True)
 class _Bucket:
+    tokens: int = 0  # more than gaps and firsts, where passes give several
     gaps: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
 
@@ -94,9 +95,9 @@ class _Meter:
             if seen == 0 and times:
                 self._ttft = (times[0] - request.arrival) * 1e-6
                 self._bucket(times[0]).firsts.append(self._ttft)
-                self._moments.append(times[0])
+                self._count(times[0])
             for early, late in pairwise(times):
-                self._moments.append(late)
+                self._count(late)
                 if late > early:  # the tokens of one pass come together, with one gap before them
                     gap = (late - early) * 1e-6
                     self._gaps.append(gap)
@@ -156,8 +157,13 @@ class _Meter:
             seconds=_STEP,
             itl=[_median(bucket.gaps) for bucket in buckets],
             ttft=[_median(bucket.firsts) for bucket in buckets],
-            tokens=[len(bucket.gaps) + len(bucket.firsts) for bucket in buckets],
+            tokens=[bucket.tokens for bucket in buckets],
         )
+
+    def _count(self, moment: int) -> None:
+        """A token came."""
+        self._moments.append(moment)
+        self._bucket(moment).tokens += 1
 
     def _bucket(self, moment: int) -> _Bucket:
         number = int((moment + self._epoch) * 1e-9 / _STEP)

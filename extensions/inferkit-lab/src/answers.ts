@@ -2,7 +2,9 @@ import type { JSONObject, JSONValue } from '@lumino/coreutils';
 import type { Answer } from './schema';
 
 const JSON_TYPE = 'application/json';
-const VERSION = expression('importlib.metadata', 'version', [
+
+/** The expression that has a kernel tell its inferkit's version, for `lackOf`. */
+export const VERSION = expression('importlib.metadata', 'version', [
   'jupyter-inferkit'
 ]);
 
@@ -39,24 +41,39 @@ export function answerOf(found: Record<string, Evaluated>): Answer {
   if (ended) {
     return refusal(failureOf(ended));
   }
+  return refusal(
+    lackOf(answer, version) ||
+      `${answer?.ename ?? 'Error'}: ${answer?.evalue ?? ''}`
+  );
+}
+
+/** What a kernel that failed lacks: inferkit, or a later one; '' where it is something else. */
+export function lackOf(
+  failed: Evaluated | undefined,
+  version: Evaluated | undefined
+): string {
+  if (!lacksModule(failed)) {
+    return '';
+  }
   if (version?.status !== 'ok') {
-    return refusal(
+    return (
       "inferkit is not installed in this kernel's environment: run `%pip install " +
-        'jupyter-inferkit` in the notebook, and restart its kernel.'
+      'jupyter-inferkit` in the notebook, and restart its kernel.'
     );
   }
   const shown = version.data?.['text/plain'];
   const own = typeof shown === 'string' ? shown.replace(/['"]/g, '') : '';
-  if (
-    answer?.ename === 'ModuleNotFoundError' ||
-    answer?.ename === 'ImportError'
-  ) {
-    return refusal(
-      `This kernel has inferkit ${own}, and ${NEEDED} or later with the JupyterLab extension is ` +
-        'needed: upgrade jupyter-inferkit in its environment, and restart it.'
-    );
-  }
-  return refusal(`${answer?.ename ?? 'Error'}: ${answer?.evalue ?? ''}`);
+  return (
+    `This kernel has inferkit ${own}, and ${NEEDED} or later with the JupyterLab extension is ` +
+    'needed: upgrade jupyter-inferkit in its environment, and restart it.'
+  );
+}
+
+/** Whether a kernel has failed for want of a module, or of something in one. */
+export function lacksModule(failed: Evaluated | undefined): boolean {
+  return (
+    failed?.ename === 'ModuleNotFoundError' || failed?.ename === 'ImportError'
+  );
 }
 
 /** Why a kernel has not done what it was asked. */

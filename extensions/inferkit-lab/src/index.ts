@@ -336,6 +336,9 @@ function activate(
       if (former) {
         former.again();
       } else {
+        tab.moved.connect(() => {
+          void tabs.save(tab); // or it would open a notebook that is no longer there
+        });
         void tabs.add(tab);
         shell.add(tab, 'main', { mode: 'split-right', activate: false });
       }

@@ -22,7 +22,8 @@ interface KernelProps {
 
 export function KernelView(props: KernelProps): JSX.Element {
   const { kernel, title, current, hasNotebook, color, deeds } = props;
-  const { pending, answer, run, dismiss } = useAct();
+  const changes = useAct();
+  const stops = useAct(); // which may come while a change waits
   const [opened, setOpened] = useState(false);
   const state = kernel.state;
   const folds = props.many && !current && Boolean(state?.models.length);
@@ -90,9 +91,10 @@ export function KernelView(props: KernelProps): JSX.Element {
             here={kernel.here}
             hasNotebook={hasNotebook}
             now={props.now}
-            busy={pending}
+            busy={changes.pending}
             deeds={deeds}
-            run={run}
+            change={changes.run}
+            stop={stops.run}
           />
         ))}
       {state?.work.map(work => (
@@ -117,7 +119,9 @@ export function KernelView(props: KernelProps): JSX.Element {
           Share experiment “{state.experiment}”
         </button>
       )}
-      <Told answer={answer} dismiss={dismiss} insert={null} />
+      {[changes, stops].map(({ answer, dismiss }, index) => (
+        <Told key={index} answer={answer} dismiss={dismiss} insert={null} />
+      ))}
     </article>
   );
 }

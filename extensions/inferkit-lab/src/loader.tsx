@@ -107,9 +107,7 @@ export function Progress(props: {
   return (
     <div className="jp-Inferkit-work" role="status">
       <div className="jp-Inferkit-row">
-        <span className="jp-Inferkit-cut jp-Inferkit-grow" title={work.what}>
-          {work.what}
-        </span>
+        <span className="jp-Inferkit-grow">{work.what}</span>
         {cancel && (
           <button
             className="jp-Inferkit-button jp-mod-small"

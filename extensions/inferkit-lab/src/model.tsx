@@ -12,13 +12,15 @@ export function ModelView(props: {
   now: number;
   busy: boolean;
   deeds: Deeds;
-  run: Run;
+  change: Run;
+  stop: Run;
 }): JSX.Element {
-  const { model, kernelId, here, deeds, run, busy } = props;
+  const { model, kernelId, here, deeds, busy } = props;
   const memory = Object.entries(model.memory).filter(([, size]) => size > 0);
   const act = (
     name: string,
-    given: Record<string, string | number> = {}
+    given: Record<string, string | number> = {},
+    run = props.change
   ): void => {
     void run(() => deeds.act(kernelId, name, { model: model.name, ...given }));
   };
@@ -83,7 +85,7 @@ export function ModelView(props: {
             title="Stop the requests; what they have is kept"
             disabled={!here || model.running + model.waiting === 0}
             click={() => {
-              act('stop');
+              act('stop', {}, props.stop);
             }}
           />
           <Button

@@ -10,9 +10,18 @@ import {
   type IOutputAreaModel
 } from '@jupyterlab/outputarea';
 import type { Kernel, KernelMessage } from '@jupyterlab/services';
+import { Signal, type ISignal } from '@lumino/signaling';
 import { Widget } from '@lumino/widgets';
 import { evaluate, execute, onSubshell, replyTo } from './actions';
-import { INTERRUPT, expression, failureOf } from './answers';
+import {
+  INTERRUPT,
+  VERSION,
+  expression,
+  failureOf,
+  lackOf,
+  lacksModule,
+  type Evaluated
+} from './answers';
 import { inferenceIcon } from './names';
 import { messageOf } from './watch';
 
@@ -33,11 +42,10 @@ export interface TabOptions {
 export class PanelTab extends MainAreaWidget {
   constructor(options: TabOptions, notebook: Promise<NotebookPanel>) {
     super({ content: new Widget() });
-    this.options = options;
-    this.id = PanelTab.idOf(options);
+    this._options = options;
+    this._identify();
     this.addClass('jp-Inferkit-tab');
     this.title.label = options.model || 'Inference';
-    this.title.caption = `Inference panel of ${options.model || 'the models'} in ${options.path}`;
     this.title.icon = inferenceIcon;
     this.title.closable = true;
     this.content.addClass('jp-Inferkit-tab-content');
@@ -54,12 +62,22 @@ export class PanelTab extends MainAreaWidget {
     return `inferkit-panel ${options.path} ${options.model}`;
   }
 
-  readonly options: TabOptions;
+  /** What leads to the tab again. */
+  get options(): TabOptions {
+    return this._options;
+  }
+
+  /** Emitted when that has changed, for the notebook was renamed or moved. */
+  get moved(): ISignal<this, void> {
+    return this._moved;
+  }
 
   override dispose(): void {
     if (!this.isDisposed) {
       this._clear();
       this._context?.statusChanged.disconnect(this._statusChanged, this);
+      this._context?.kernelChanged.disconnect(this._kernelChanged, this);
+      this._notebook?.context.pathChanged.disconnect(this._pathChanged, this);
     }
     super.dispose();
   }
@@ -90,6 +108,9 @@ export class PanelTab extends MainAreaWidget {
     this._notebook = notebook;
     this._context = context;
     context.statusChanged.connect(this._statusChanged, this);
+    context.kernelChanged.connect(this._kernelChanged, this);
+    notebook.context.pathChanged.connect(this._pathChanged, this);
+    this._pathChanged(notebook.context, notebook.context.path); // it may have changed meanwhile
     notebook.disposed.connect(() => {
       this.dispose();
     });
@@ -99,7 +120,7 @@ export class PanelTab extends MainAreaWidget {
   private _draw(): void {
     const kernel = this._context?.session?.kernel;
     if (!kernel || !this._notebook) {
-      this._say('The notebook has no kernel.');
+      this._say('The notebook has no kernel.', AGAIN);
       return;
     }
     this._say('Waiting for the kernel…');
@@ -108,6 +129,7 @@ export class PanelTab extends MainAreaWidget {
       rendermime: this._notebook.content.rendermime
     });
     this._area = area;
+    this._kernelId = kernel.id;
     this._ask(kernel, area).catch((error: unknown) => {
       if (this._area === area) {
         this._say(messageOf(error), AGAIN);
@@ -131,7 +153,10 @@ export class PanelTab extends MainAreaWidget {
       throw new Error(failureOf(id));
     }
     if (id.status !== 'ok') {
-      this._say(failureOf(id), AGAIN);
+      const reason = await reasonOf(kernel, id);
+      if (this._area === area) {
+        this._say(reason, AGAIN);
+      }
       return;
     }
     const text = id.data?.['text/plain'];
@@ -175,7 +200,7 @@ export class PanelTab extends MainAreaWidget {
       area.future = future;
       const { content } = await replyTo<KernelMessage.IExecuteReplyMsg>(future);
       if (content.status !== 'ok') {
-        throw new Error(failureOf(content));
+        throw new Error(await reasonOf(kernel, content));
       }
       // Outputs have a channel of their own, and may come later than the reply.
       await Promise.race([drawn, future.done]);
@@ -190,6 +215,28 @@ export class PanelTab extends MainAreaWidget {
     ) {
       this._say('The kernel was restarted: its models are gone.', AGAIN);
     }
+  }
+
+  /** Whether it was shut down or changed for another: the former one has ended then. */
+  private _kernelChanged(): void {
+    const kernel = this._context?.session?.kernel;
+    if (this._area && kernel?.id !== this._kernelId) {
+      this._say('The kernel was shut down: its models are gone.', AGAIN);
+    }
+  }
+
+  private _pathChanged(_: unknown, path: string): void {
+    if (path !== this._options.path) {
+      this._options = { ...this._options, path };
+      this._identify();
+      this._moved.emit();
+    }
+  }
+
+  private _identify(): void {
+    const { path, model } = this._options;
+    this.id = PanelTab.idOf(this._options);
+    this.title.caption = `Inference panel of ${model || 'the models'} in ${path}`;
   }
 
   private _say(text: string, again = ''): void {
@@ -224,9 +271,24 @@ export class PanelTab extends MainAreaWidget {
     }
   }
 
+  private _options: TabOptions;
+  private readonly _moved = new Signal<this, void>(this);
   private _notebook: NotebookPanel | null = null;
   private _context: ISessionContext | null = null;
   private _area: SimplifiedOutputArea | null = null;
+  private _kernelId = ''; // of the kernel that the panel lives in
+}
+
+/** Why a kernel shows no panel: it may lack an inferkit that has them. */
+async function reasonOf(
+  kernel: Kernel.IKernelConnection,
+  failed: Evaluated
+): Promise<string> {
+  if (!lacksModule(failed)) {
+    return failureOf(failed);
+  }
+  const { version } = await evaluate(kernel, { version: VERSION });
+  return lackOf(failed, version);
 }
 
 /** Whether an output tells of an error: the reply does in one sentence. */

@@ -1,7 +1,8 @@
+import { ServerConnection } from '@jupyterlab/services';
 import { expect, test } from 'vitest';
-import { answerOf, expression, failureOf } from '../src/answers';
-import { checked } from '../src/server';
-import { state } from './states';
+import { answerOf, expression, failureOf, lackOf } from '../src/answers';
+import { checked, fetchState } from '../src/server';
+import { kernel, model, state } from './states';
 
 const VERSION = { status: 'ok', data: { 'text/plain': "'0.0.9'" } };
 
@@ -45,6 +46,8 @@ test('a kernel without inferkit, or with an older one, is told what it needs', (
     ok: false,
     text: 'ValueError: odd'
   });
+  expect(lackOf(missing, VERSION)).toMatch(/0\.1\.0 or later/);
+  expect(lackOf(other, VERSION)).toBe('');
   const ended = { status: 'error', ename: 'KeyboardInterrupt', evalue: '' };
   expect(answerOf({ answer: ended, version: VERSION }).text).toBe(
     'The kernel was interrupted.'
@@ -69,4 +72,55 @@ test('a state of another version is refused', () => {
     'restart the server'
   );
   expect(() => checked({ ...state(), version: 9 })).toThrow('reload the page');
+});
+
+test('a state that lacks something, anywhere, is that of an older server', () => {
+  const whole = state(
+    kernel(
+      'a',
+      model({
+        history: { end: 1, seconds: 1, itl: [null], ttft: [1], tokens: [2] }
+      })
+    ),
+    { ...kernel('b'), state: null, problem: 'Upgrade it.' }
+  );
+  expect(checked({ ...whole, added: 1 })).toMatchObject(whole);
+  const told = JSON.stringify(whole);
+  const fields = [
+    'kernels',
+    'time',
+    'utilization',
+    'problem',
+    'models',
+    'actions',
+    'modes',
+    'ttft'
+  ];
+  for (const field of fields) {
+    const lacking: unknown = JSON.parse(
+      told.replaceAll(`"${field}":`, '"other":')
+    );
+    expect(() => checked(lacking), field).toThrow(
+      "The server's inferkit is 1.0, older than what this page was loaded with: restart the server."
+    );
+  }
+  expect(() => checked({ ...whole, kernels: {} })).toThrow(
+    'restart the server'
+  );
+  expect(() => checked({ ...whole, kernels: [null] })).toThrow('restart');
+});
+
+test('what is not an answer of inferkit is said to be none', async () => {
+  const answered = (body: string): Promise<unknown> =>
+    fetchState(
+      ServerConnection.makeSettings({
+        fetch: () => Promise.resolve(new Response(body))
+      })
+    );
+  expect(await answered(JSON.stringify(state()))).toEqual(state());
+  for (const body of ['<html>Log in</html>', '', 'null', '[]', '{"a": 1}']) {
+    await expect(answered(body), body).rejects.toThrow(
+      "not that of inferkit's server, but perhaps a page to log in: reload the page."
+    );
+  }
 });

@@ -181,6 +181,39 @@ test('an action that fails leaves the controls as they were', async () => {
   expect(button('Unload').disabled).toBe(false);
 });
 
+test('a change goes on while requests are stopped', async () => {
+  let changed: (answer: Answer) => void = () => undefined;
+  deeds.act.mockReturnValueOnce(
+    new Promise(resolve => {
+      changed = resolve;
+    })
+  );
+  show(state(kernel('a', model({ running: 1 }))));
+  const choose = place.querySelector<HTMLSelectElement>('article select');
+  act(() => {
+    Object.getOwnPropertyDescriptor(
+      HTMLSelectElement.prototype,
+      'value'
+    )?.set?.call(choose, 'nf4');
+    choose?.dispatchEvent(new Event('change', { bubbles: true }));
+  });
+  await act(async () => {
+    button('Stop').click();
+    await Promise.resolve();
+  });
+  expect(deeds.act).toHaveBeenLastCalledWith('a', 'stop', { model: 'demo' });
+  expect(choose?.disabled).toBe(true);
+  expect(button('Unload').disabled).toBe(true);
+  await act(async () => {
+    changed({ ...done, ok: false, text: 'It does not fit.' });
+    await Promise.resolve();
+  });
+  expect(choose?.disabled).toBe(false);
+  expect(place.querySelector('[role=alert]')?.textContent).toContain(
+    'It does not fit.'
+  );
+});
+
 test('work that can be ended is, by its own button, and a refusal is shown', async () => {
   const one = kernel('a', model());
   const work = [
