@@ -6,7 +6,7 @@ browser go::
 
     {type: "update", whole, now, tables: [{name, reset}], marks, requests}    buffers: the rows
     {type: "state", parts}     of the panel, see panel.py
-    {type: "beat", now}        every other second where nothing else is sent
+    {type: "beat", now}        every other second where no update is sent
 
 and from it come ``{type: "hello"}``, which is answered by an update with all that there is;
 ``{type: "watch"}``, without which nothing is sent after a while; and the panel's ``act``.
@@ -224,7 +224,7 @@ class LivePlot(anywidget.AnyWidget):
 
     def _tell(self, busy: bool) -> None:
         if self._behind:
-            self._say({"type": "state", "parts": dict(self._state)})
+            self.send({"type": "state", "parts": dict(self._state)})
             self._send_update(self._feed.snapshot(), whole=True)
             self._behind = False
             return
@@ -234,7 +234,7 @@ class LivePlot(anywidget.AnyWidget):
             self._send_update(update, whole=False)
             self._behind = False
         elif time.monotonic() >= self._beat_at:
-            self._say({"type": "beat", "now": self._feed.now()})
+            self._say_now({"type": "beat", "now": self._feed.now()})
 
     def _send_update(self, update: Update, whole: bool) -> None:
         names = [name for name in COLUMNS if whole or name in update.tables]
@@ -246,7 +246,7 @@ class LivePlot(anywidget.AnyWidget):
             "marks": update.marks,
             "requests": update.requests,
         }
-        self._say(message, [update.tables[name].tobytes() for name in names])
+        self._say_now(message, [update.tables[name].tobytes() for name in names])
 
     def _put(self, part: str, value: Any) -> None:
         """Tell the views of a part of the state, unless they know."""
@@ -255,9 +255,10 @@ class LivePlot(anywidget.AnyWidget):
                 return
             self._state[part] = value
             if self._watched_until:
-                self._say({"type": "state", "parts": {part: value}})
+                self.send({"type": "state", "parts": {part: value}})
 
-    def _say(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+    def _say_now(self, message: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+        """Tell of the present, after which there is no need of a beat for a while."""
         self._beat_at = time.monotonic() + _BEAT
         self.send(message, buffers)
 
