@@ -33,7 +33,7 @@ PROMPTS = (
     "To make a good cup of tea, first",
 )
 _WINDOW = 512  # tokens of the text that are read together, as in llama.cpp's perplexity tool
-_ROWS = 32  # positions compared at once: 34 MB per copy in fp32 at a vocabulary of 262,144
+_ROWS = 8  # positions compared at once: 8 MB per copy in fp32 at a vocabulary of 262,144
 
 
 def default_text() -> str:
