@@ -102,9 +102,7 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
             workers,
             cases,
             speed.Text(model / "tokenizer.json"),
-            rounds=asked.rounds,
-            pause=asked.pause,
-            patience=asked.patience,
+            **_care(asked),
         ):
             samples.append(sample)
             step = "" if sample.step is None else f"step {1e3 * sample.step:7.1f} ms "
@@ -116,7 +114,7 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
             )
         engines = _described(workers)
     return {
-        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")},
+        "options": _told(options),
         "rounds": asked.rounds,
         "engines": engines,
         "summary": speed.summarize(samples),
@@ -127,8 +125,7 @@ def _speed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
 
 def _mixed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]:
     load = mixed.Load()
-    context = -(-(load.longest + 1) // 256) * 256
-    options = Options(str(model), str(gguf), asked.threads, max(asked.batches), context)
+    options = speed.room(model, gguf, asked.threads, max(asked.batches), load.longest)
     samples: list[mixed.Sample] = []
     engines = [name for name in asked.engines if KINDS[name].serving]
     with _working(engines, options, asked.logs) as workers:
@@ -136,9 +133,7 @@ def _mixed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
             workers,
             load,
             speed.Text(model / "tokenizer.json"),
-            rounds=asked.rounds,
-            pause=asked.pause,
-            patience=asked.patience,
+            **_care(asked),
         ):
             samples.append(sample)
             _say(
@@ -148,12 +143,22 @@ def _mixed(asked: argparse.Namespace, model: Path, gguf: Path) -> dict[str, Any]
         described = _described(workers)
     return {
         "load": asdict(load),
-        "options": {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")},
+        "options": _told(options),
         "rounds": asked.rounds,
         "engines": described,
         "summary": mixed.summarize(samples),
         "samples": [asdict(s) for s in samples],
     }
+
+
+def _care(asked: argparse.Namespace) -> dict[str, Any]:
+    """How often a case is measured, and what is done against disturbance."""
+    return {name: getattr(asked, name) for name in ("rounds", "pause", "patience")}
+
+
+def _told(options: Options) -> dict[str, Any]:
+    """Without the paths of this machine."""
+    return {k: v for k, v in asdict(options).items() if k not in ("model", "gguf")}
 
 
 @contextmanager

@@ -193,13 +193,13 @@ def ratios(samples: Sequence[Sample], case: Case, one: str, other: str, what: st
 def options(model: Path, gguf: Path, threads: int, cases: Sequence[Case]) -> Options:
     """Room for the largest case, and no more."""
     longest = max(c.prompt + c.tokens for c in cases)
-    return Options(
-        model=str(model),
-        gguf=str(gguf),
-        threads=threads,
-        slots=max(c.batch for c in cases),
-        context=-(-(longest + 1) // 256) * 256,
-    )
+    return room(model, gguf, threads, max(c.batch for c in cases), longest)
+
+
+def room(model: Path, gguf: Path, threads: int, slots: int, longest: int) -> Options:
+    """Room for so many sequences at once, the longest of so many tokens."""
+    context = -(-(longest + 1) // 256) * 256
+    return Options(str(model), str(gguf), threads, slots, context)
 
 
 def _used() -> float:
