@@ -3,6 +3,7 @@
 #   TORCH_INDEX=...  a package index to take torch from as well, e.g. PyTorch's CPU wheel index:
 #                    see CONTRIBUTING.md
 #   PARALLEL=        run one test at a time
+#   LAB_ROOT=...     the folder that `make lab` opens
 #   TEST_ARGS=..., BENCH_ARGS=..., LAB_ARGS=...   handed on to pytest, the benchmarks, JupyterLab
 
 VENV ?= .venv
@@ -47,7 +48,7 @@ demo: $(INSTALLED) ## Run the quickstart notebook on the demo model; print its l
 
 lab: $(INSTALLED) ## Open the notebooks in JupyterLab, with the extension
 	$(PY) extensions/labextension.py link
-	$(PY) -m jupyterlab --ServerApp.root_dir=notebooks \
+	$(PY) -m jupyterlab --ServerApp.root_dir=$(or $(LAB_ROOT),notebooks) \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 lab-dev: $(INSTALLED) ## Build the JupyterLab extension again whenever a file of it changes

@@ -61,7 +61,7 @@ def bar(
 def tell_of_waiting(progress: Progress, requests: int) -> None:
     """Tell a callable that work waits for that many requests."""
     if callable(progress) and requests:
-        progress(f"Waiting for {counted(requests, 'request')}", 0, None)
+        bar(progress, f"Waiting for {counted(requests, 'request')}")
 
 
 def stopped(error: BaseException) -> bool:

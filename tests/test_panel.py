@@ -1169,7 +1169,7 @@ def test_what_is_refused_stays_with_the_reason_at_its_field(
     assert not browser.parts.get("failure")
     assert (model.context, model.max_batch) == (256, 4)
     assert browser.parts["form"][name] == typed
-    assert browser.parts["work"] is None
+    assert not browser.parts.get("work")
     browser.pick(**{name: "256" if name == "context" else "4"})
     browser.settle()
     assert not browser.parts["errors"]
@@ -1367,6 +1367,25 @@ def test_stop_one_and_stop_all(browse: Callable[..., Browser], model: ik.Model) 
     summary = dict(browser.wait("summary"))
     assert summary["last run"] == "4 requests"
     assert summary["of these stopped or failed"] == "4"
+
+
+def test_a_change_of_precision_that_waits_for_requests_is_cancelled_without_a_word(
+    browse: Callable[..., Browser], own: ik.Model
+) -> None:
+    browser = browse(own)
+    with held(own) as hold:
+        browser.send("one", prompt="Once", **SIX)
+        browser.settle()
+        hold.wait()
+        browser.pick(quantize="nf4")
+        browser.wait("work", lambda work: work and work["what"].startswith("Waiting for 1 request"))
+        browser.act("cancel")
+        browser.wait("work", lambda work: work is None)
+    browser.settle()
+    assert browser.parts.get("failure") is None
+    assert own.quantization == "none"
+    assert browser.wait("form", lambda form: form["quantize"] == "none")
+    assert browser.ended(1)[0]["status"] == "length"
 
 
 def test_stopping_does_not_wait_for_a_change_that_waits_for_requests(

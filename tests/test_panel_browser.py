@@ -39,8 +39,16 @@ CELLS = (
     "gens = ik.models()[-1].generate(['One, two, three,', 'My name is'], max_tokens=8)\n"
     "print([gen.text for gen in gens])",
     "print(len(ik.models()), 'loaded')",
+    # A kernel that takes long to answer.
+    "from ipywidgets import Widget\n"
+    "shown = [w for w in Widget.widgets.values() if isinstance(w, ik.Panel)][-1]\n"
+    "shown.on_msg(shown._receive, remove=True)\n"
+    "def slowly(*message):\n    time.sleep(1.5)\n    shown._receive(*message)\n"
+    "shown.on_msg(slowly)",
+    "shown.on_msg(slowly, remove=True)\nshown.on_msg(shown._receive)\n"
+    "print(ik.models()[-1].speculative, shown._form['prompt'])",
 )
-PANEL, BUSY, GENERATE, MAGIC, PROMPTS, COUNT = range(len(CELLS))
+PANEL, BUSY, GENERATE, MAGIC, PROMPTS, COUNT, SLOW, FAST = range(len(CELLS))
 
 NOTEBOOK = "jupyterapp.shell.currentWidget.content"
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
@@ -302,6 +310,14 @@ def panel(tidy: PanelView) -> PanelView:
     return tidy
 
 
+# What has stood in a box at any frame, from now on.
+NOTE_VALUES = """box => {
+  window.values = new Set();
+  const look = () => (window.values.add(box.value), requestAnimationFrame(look));
+  look();
+}"""
+
+
 # -- loading and changing --------------------------------------------------------------------------
 
 
@@ -375,6 +391,30 @@ def test_control_enter_at_the_model_sends_and_loads_nothing(empty: PanelView) ->
     expect(empty.wrong("Prompt")).to_have_text("Load a model first.")
     expect(empty.root.locator(".ik-work")).to_be_hidden()
     expect(empty.about).to_contain_text("No model is loaded")
+
+
+def test_what_is_typed_and_chosen_stays_while_the_kernel_is_slow(panel: PanelView) -> None:
+    tab, box = panel.tab, panel.input("Prompt")
+    box.fill("Hello")
+    tab.page.wait_for_timeout(1_000)
+    tab.run(SLOW)
+    tab.wait_until_idle()
+    box.evaluate(NOTE_VALUES)
+    box.press_sequentially(" wide")
+    tab.page.wait_for_timeout(500)  # it is told of, and answered later
+    panel.input("Temperature").click()
+    box.press_sequentially(" world")
+    panel.input("Temperature").click()
+    panel.mode("ngram").click()
+    panel.mode("off", "Speculation").click()
+    expect(panel.mode("off", "Speculation")).to_have_attribute("aria-pressed", "true")
+    tab.page.wait_for_timeout(6_000)  # the last answer
+    assert box.input_value() == "Hello wide world"
+    seen = tab.page.evaluate("[...values]")
+    assert seen == sorted(seen, key=len)
+    expect(panel.mode("off", "Speculation")).to_have_attribute("aria-pressed", "true")
+    tab.run(FAST)
+    tab.wait_for_output(FAST, "off Hello wide world")
 
 
 def test_what_an_empty_field_means_stands_in_it(empty: PanelView) -> None:

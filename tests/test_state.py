@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.error
@@ -29,7 +30,7 @@ from inferkit.cli import main
 from inferkit.engine.guesses import Lookups
 from inferkit.lab import folder, machine, schema, survey
 from inferkit.lab import status as statuses
-from inferkit.lab.status import Status
+from inferkit.lab.status import Status, _Meter
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "inferkit" / "lab" / "schemas" / "state-1.json"
@@ -186,6 +187,62 @@ def test_what_is_no_kernels_file_is_logged_and_passed_over(
     assert caplog.text.count("two.json is no kernel's file") == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+def test_a_pipe_keeps_nobody_waiting(runtime: Path) -> None:
+    folder.write(entry())
+    os.mkfifo(runtime / "inferkit" / "two.json")
+    assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.replace(b'"notebook":"', b'"notebook":"\xe9'),
+        lambda data: data.replace(b"{", b'{"deep":' + 100_000 * b"[" + 100_000 * b"]" + b",", 1),
+        lambda data: data.replace(b'"started":', b'"started":1e999,"was":'),
+        lambda data: data.replace(b'"own":0', b'"own":' + 400 * b"9"),
+    ],
+    ids=["no UTF-8", "deep", "infinite", "no such memory"],
+)
+def test_a_damaged_file_leaves_the_others_to_be_seen(
+    damage: Callable[[bytes], bytes], runtime: Path
+) -> None:
+    folder.write(entry())
+    path = runtime / "inferkit" / "two.json"
+    gpu = schema.OnDevice(name="mps", uuid="", description="", total=9, free=5, own=0)
+    whole = msgspec.json.encode(entry(kernel_id="two", devices=[gpu]))
+    damaged = damage(whole)
+    assert damaged != whole
+    path.write_bytes(damaged)
+    found = survey.survey()
+    assert "one" in [kernel.kernel_id for kernel in found.kernels]
+    assert all(kernel.problem or kernel.state == entry() for kernel in found.kernels)
+    survey.as_text(found)
+    survey.as_json(found)
+
+
+def test_a_path_that_is_no_text_is_written_as_far_as_it_is() -> None:
+    folder.write(entry(notebook="donn\udce9es/one.ipynb"))
+    [kernel] = kernels()
+    assert kernel.state is not None
+    assert kernel.state.notebook == "donn?es/one.ipynb"
+
+
+def test_ps_gives_the_terminal_nothing_to_obey() -> None:
+    for number, name in enumerate(("\x1b[2Jone\n.ipynb", ".", "./")):
+        folder.write(entry(kernel_id=f"k{number}", notebook=name))
+    text = survey.as_text(survey.survey())
+    assert "\x1b" not in text
+    assert "\ufffd[2Jone\ufffd.ipynb" in text
+
+
+def test_memory_that_kernels_share_is_not_counted_twice() -> None:
+    for number in range(200):
+        folder.write(entry(kernel_id=f"k{number}"))
+    [cpu] = survey.survey().devices
+    assert 0 < sum(share.used for share in cpu.kernels) <= cpu.used < cpu.total
+
+
 @pytest.mark.parametrize("pid", [-1, 0, 2**31, 2**70])
 def test_a_number_that_no_process_has_is_that_of_an_ended_one(pid: int, runtime: Path) -> None:
     text = msgspec.json.encode(entry()).decode().replace(f'"pid":{os.getpid()}', f'"pid":{pid}')
@@ -250,7 +307,7 @@ def kernel(number: int, *devices: schema.OnDevice, pid: int = 0) -> schema.Kerne
         pid=pid,
         inferkit="1",
         here=True,
-        memory=10**9,
+        memory=10**6,
         state=state,
         problem="",
     )
@@ -265,7 +322,7 @@ def test_a_gpu_is_shared_between_kernels_and_others(monkeypatch: pytest.MonkeyPa
     assert (gpu.total, gpu.used) == (24 * 10**9, 10 * 10**9)
     assert {s.kernel_id: s.used for s in gpu.kernels} == {"k1": 6 * 10**9, "k2": 2 * 10**9}
     assert cpu.name == "cpu"
-    assert [s.used for s in cpu.kernels] == [10**9, 10**9]
+    assert [s.used for s in cpu.kernels] == [10**6, 10**6]
 
 
 def test_an_accelerator_without_nvml_is_what_its_kernels_wrote_last(
@@ -419,6 +476,33 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     time.sleep(1.5)
     assert caplog.text.count("The sidebar will not show this kernel") == 1
     assert model.generate("Once", max_tokens=2).finish_reason == "length"
+
+
+def test_what_cannot_be_read_ends_no_thread_and_no_answer(
+    status: Status, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a surprise")
+
+    status.follow(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Status, "_read", broken)
+        status.write()
+        status.look()
+        time.sleep(0.1)
+    assert status._thread is not None
+    assert status._thread.is_alive()
+    status.write()
+    assert not status._failed
+
+
+def test_a_slow_model_has_a_rate_of_all_that_came_of_late(model: ik.Model) -> None:
+    meter = _Meter(model, threading.Event())
+    now = time.perf_counter_ns()
+    meter._moments.extend(now - int(ago * 1e9) for ago in (9, 6, 3))
+    assert meter._rate() == pytest.approx(1 / 3, rel=0.01)
+    meter._moments.extend([now] * 8)
+    assert meter._rate() == 4.0
 
 
 def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:

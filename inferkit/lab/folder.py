@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
+import stat
 import time
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import psutil
@@ -24,6 +26,7 @@ REFRESH = 60.0
 _log = logging.getLogger("inferkit")
 _SAME = 1.0  # seconds; psutil's clock and a file's JSON agree to far less
 _ENDED = 5 * REFRESH  # seconds without a sign of life from another machine, whose clock may differ
+_Kind = TypeVar("_Kind", Head, KernelState)
 _damaged: set[Path] = set()  # those that a warning has named
 
 
@@ -88,9 +91,18 @@ def write(state: KernelState) -> None:
     folder.chmod(0o700)
     path = _file(state.kernel_id)
     draft = _draft(path, state.pid)
+    data = _encoded(state)
     with secure_write(str(draft), binary=True) as out:
-        out.write(msgspec.json.encode(state))
+        out.write(data)
     os.replace(draft, path)
+
+
+def _encoded(state: KernelState) -> bytes:
+    try:
+        return msgspec.json.encode(state)
+    except UnicodeEncodeError:  # a path may have bytes that are no text
+        said = json.dumps(msgspec.to_builtins(state), ensure_ascii=False)
+        return said.encode("utf-8", "replace")
 
 
 def exists(kernel_id: str) -> bool:
@@ -117,17 +129,33 @@ def read(here: frozenset[str] = frozenset()) -> Found:
             _take_in(path, here, found)
         except FileNotFoundError:  # its kernel has ended in this moment
             continue
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, _Unreadable) as error:
             if path not in _damaged:  # once, and not every second
                 _damaged.add(path)
                 _log.warning("%s is no kernel's file (%s).", path, error)
     return found
 
 
+class _Unreadable(Exception):
+    """What is written in a file, and should not be."""
+
+
+def _decoded(data: bytes, kind: type[_Kind]) -> _Kind:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    # Text that is no UTF-8 is a ValueError, and what is nested deeply ends Python's stack.
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _Unreadable(error) from None
+
+
 def _take_in(path: Path, here: frozenset[str], found: Found) -> None:
-    with path.open("rb") as file:
-        data, read = file.read(), os.fstat(file.fileno())
-    head = msgspec.json.decode(data, type=Head)
+    # Whatever lies there: a pipe must not keep its reader waiting.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        read = os.fstat(file.fileno())
+        if not stat.S_ISREG(read.st_mode):
+            raise _Unreadable("it is no plain file")
+        data = file.read()
+    head = _decoded(data, Head)
     if head.host != host():  # its process cannot be looked for
         if time.time() - read.st_mtime < _ENDED:
             found.elsewhere.append(head.kernel_id)
@@ -145,8 +173,8 @@ def _kernel(head: Head, data: bytes, here: bool) -> Kernel:
     state, problem = None, _problem(head)
     if not problem:
         try:
-            state = msgspec.json.decode(data, type=KernelState)
-        except msgspec.MsgspecError as error:
+            state = _decoded(data, KernelState)
+        except _Unreadable as error:
             problem = f"inferkit {head.inferkit} in this kernel has written what it should not: "
             problem += f"{error}. Restart the kernel, or upgrade inferkit in its environment."
     return Kernel(

@@ -101,9 +101,12 @@ def _seen(kernels: Sequence[Kernel]) -> dict[str, list[tuple[Kernel, OnDevice]]]
 
 def _cpu(kernels: Sequence[Kernel], pause: float | None) -> Attached:
     total, free = cpu_memory()
-    shares = [Share(kernel_id=k.kernel_id, used=k.memory) for k in kernels if k.memory]
+    used, counted = total - free, sum(k.memory for k in kernels)
+    # Pages that processes share are counted in each of them: all together have what is in use.
+    scale = min(1.0, used / counted) if counted else 1.0
+    shares = [Share(kernel_id=k.kernel_id, used=int(scale * k.memory)) for k in kernels if k.memory]
     utilization = _load.seen() if pause is None else psutil.cpu_percent(pause)
-    return _device("cpu", cpu_description(), total, total - free, utilization, shares)
+    return _device("cpu", cpu_description(), total, used, utilization, shares)
 
 
 class _Load:

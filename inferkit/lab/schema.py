@@ -9,7 +9,7 @@ latencies milliseconds, memory bytes.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 VERSION = 1
+Bytes = Annotated[int, msgspec.Meta(le=2**53)]  # what JavaScript's numbers hold
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,9 +70,9 @@ class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     uuid: str
     description: str
-    total: int
-    free: int
-    own: int
+    total: Bytes
+    free: Bytes
+    own: Bytes
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +131,7 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     fallback: str | None
     step: str
-    memory: dict[str, int]
+    memory: dict[str, Bytes]
     running: int
     waiting: int
     rate: float

@@ -41,7 +41,8 @@ ACTIONS = ("batching", "cancel", "code", "load", "panel", "quantize", "share", "
 _log = logging.getLogger("inferkit")
 _BUSY, _IDLE = 1.0, 3.0  # seconds between two looks
 _STEP, _STEPS = 1.0, 60  # of the history
-_RATE = 2.0  # seconds that tokens per second are counted over
+_RATE = 2.0  # seconds that tokens per second are counted over...
+_FEW, _LONG = 4, 10.0  # ...and where fewer than so many came, more seconds
 _GAPS = 512  # that the quantiles are of
 
 
@@ -106,7 +107,7 @@ class _Meter:
                 del self._live[key]
             else:
                 self._live[key] = (request, seen + len(times) - (seen > 0))
-        begin = time.perf_counter_ns() - int(_RATE * 1e9)
+        begin = time.perf_counter_ns() - int((_LONG if self._live else _RATE) * 1e9)
         # Requests are read one after the other, so that the moments are nearly in order.
         self._moments = deque(moment for moment in self._moments if moment >= begin)
 
@@ -137,12 +138,19 @@ class _Meter:
             memory={d.name: d.weights + d.kv_cache for d in model.plan.devices},
             running=running,
             waiting=waiting,
-            rate=len(self._moments) / _RATE,
+            rate=self._rate(),
             itl=_rounded(p50),
             itl_p99=_rounded(p99),
             ttft=_rounded(self._ttft),
             history=self._history(),
         )
+
+    def _rate(self) -> float:
+        now = time.perf_counter_ns()
+        late = sum(moment >= now - _RATE * 1e9 for moment in self._moments)
+        if late >= _FEW or not self._moments:
+            return late / _RATE
+        return len(self._moments) / max(_RATE, (now - self._moments[0]) * 1e-9)
 
     def _history(self) -> History | None:
         last = int((time.perf_counter_ns() + self._epoch) * 1e-9 / _STEP)
@@ -278,7 +286,20 @@ class Status:
                 self._wake.wait(_IDLE)
 
     def _write(self) -> None:
-        """Write the file, if there is something new, or the last one is old or was removed."""
+        """Write the file, if there is something new, or the last one is old or was removed.
+
+        Nothing that goes wrong here ends the thread, or takes the place of an action's answer.
+        """
+        try:
+            self._write_news()
+            self._failed = False
+        except Exception as error:
+            if not self._failed:  # once, and not every second
+                _log.warning("The sidebar will not show this kernel: %s", error)
+                _log.debug("", exc_info=True)
+            self._failed = True
+
+    def _write_news(self) -> None:
         state = self._read()
         former = self._written
         if (
@@ -288,13 +309,8 @@ class Status:
             and folder.exists(self._id)
         ):
             return
-        try:
-            folder.write(state)
-            self._written, self._failed = state, False
-        except OSError as error:
-            if not self._failed:  # once, and not every second
-                _log.warning("The sidebar will not show this kernel: %s", error)
-            self._failed = True
+        folder.write(state)
+        self._written = state
 
     def _read(self) -> KernelState:
         models: list[ModelState] = []

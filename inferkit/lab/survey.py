@@ -60,7 +60,7 @@ def as_text(state: State) -> str:
         return "\n".join([devices, "", *(unseen or [_NONE])])
     header = ("kernel", "pid", "model", "mode", "batching", "device", "memory")
     models = text_table((*header, "running", "waiting", "tokens/s", "ITL ms"), rows)
-    problems = [f"pid {k.pid}: {k.problem}" for k in state.kernels if k.problem]
+    problems = [f"pid {k.pid}: {_printable(k.problem)}" for k in state.kernels if k.problem]
     return "\n".join([devices, "", models, *problems, *unseen])
 
 
@@ -73,7 +73,7 @@ def _device_row(device: Attached) -> tuple[str, ...]:
 
 def _title(path: str, paths: Collection[str]) -> str:
     """A notebook's name, with as many of its folders as tell it from the others, as the sidebar."""
-    *folders, name = PurePath(path).parts
+    *folders, name = PurePath(path).parts or (path,)
     alike = [other for one in paths if (other := PurePath(one).parts)[-1:] == (name,)]
     for count in range(1, len(folders) + 2):
         if sum(other[-count:] == (*folders, name)[-count:] for other in alike) == 1:
@@ -84,20 +84,26 @@ def _title(path: str, paths: Collection[str]) -> str:
 
 def _model_rows(kernel: Kernel, notebooks: Collection[str]) -> Iterator[tuple[object, ...]]:
     notebook = kernel.state.notebook if kernel.state else ""
-    title = (_title(notebook, notebooks) if notebook else kernel.kernel_id[:8], kernel.pid)
+    name = _title(notebook, notebooks) if notebook else kernel.kernel_id[:8]
+    title = (_printable(name), kernel.pid)
     models = kernel.state.models if kernel.state else []
     if not models:
         yield (*title, "-", "-", "-", "-", format_bytes(kernel.memory), 0, 0, "-", "-")
     for model in models:
         yield (
             *title,
-            model.name,
-            model.quantization,
+            _printable(model.name),
+            _printable(model.quantization),
             f"{model.batching} ({model.max_batch})",
-            ", ".join(model.devices),
+            _printable(", ".join(model.devices)),
             format_bytes(sum(model.memory.values())),
             model.running,
             model.waiting,
             format_number(model.rate),
             format_number(model.itl),
         )
+
+
+def _printable(text: str) -> str:
+    """Text from a file for a terminal, which would obey what is no character."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

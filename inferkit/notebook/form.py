@@ -101,8 +101,8 @@ def load_options(form: Form) -> dict[str, Any]:
     options: dict[str, Any] = {name: reading.text(name) for name in names}
     if not options["ref"]:
         reading.wrong["ref"] = "Name a model: demo, a hub id, a folder or a .gguf file."
-    for name, example in (("max_batch", 16), ("context", 4096)):
-        value = reading.read(name, _whole(example))
+    for name, least, example in (("max_batch", 1, 16), ("context", 2, 4096)):
+        value = reading.read(name, _whole(least, example))
         if value is not None:
             options[name] = value
     reading.check()
@@ -199,11 +199,11 @@ def prompts(form: Form, how: str) -> list[str]:
     return [text] * copies
 
 
-def _whole(example: int) -> Callable[[str], int]:
+def _whole(least: int, example: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         number = _integer(text, f"; write one, as {example}.")
-        if number < 1:
-            raise ValueError(f"{number} is too small; write 1 or more, as {example}.")
+        if number < least:
+            raise ValueError(f"{number} is too small; write {least} or more, as {example}.")
         return number
 
     return parse

@@ -339,8 +339,15 @@ function activate(
         tab.moved.connect(() => {
           void tabs.save(tab); // or it would open a notebook that is no longer there
         });
+        // Beside the notebooks, and two of them in one place.
+        const other = tabs.find(one => one.isAttached);
         void tabs.add(tab);
-        shell.add(tab, 'main', { mode: 'split-right', activate: false });
+        shell.add(tab, 'main', {
+          ...(other
+            ? { mode: 'tab-after', ref: other.id }
+            : { mode: 'split-right' }),
+          activate: false
+        });
       }
       shell.activateById(tab.id);
     }

@@ -26,6 +26,7 @@ function createPanel(store, root) {
   // -- the form -----------------------------------------------------------------------------
 
   let typed = {}, timer = 0; // fields that the kernel has not been told of yet
+  const sent = {}; // those that it has been told of, and has not answered
   const touched = {}; // when a field was typed into
 
   function edit(name, value, wait = TYPING) {
@@ -39,21 +40,33 @@ function createPanel(store, root) {
     clearTimeout(timer);
     const fields = typed;
     typed = {};
+    for (const [each, value] of Object.entries(fields)) {
+      if (each in sent || store.parts.form?.[each] !== value) sent[each] = value;
+    }
     store.act(name, { fields, ...details });
   }
+
+  // The kernel may be busy for a while: what was typed and chosen stays until it has taken it in.
+  function takeAnswer({ form }) {
+    for (const [name, value] of Object.entries(sent)) {
+      if (form?.[name] === value) delete sent[name];
+    }
+  }
+
+  const isMine = (name) => name in typed || name in sent;
 
   function drawForm({ form }) {
     if (!form) return;
     for (const [name, box] of Object.entries(inputs)) {
       // What somebody types at this moment is not pulled away under the cursor.
       const busy = document.activeElement === box && performance.now() - (touched[name] ?? 0) < SETTLED;
-      if (busy || name in typed) continue;
+      if (busy || isMine(name)) continue;
       const value = form[name] ?? "";
       if (box.type === "checkbox") box.checked = Boolean(value);
       else if (box.value !== String(value)) choose(box, String(value));
     }
     for (const [name, buttons] of Object.entries(toggles)) {
-      if (!(name in typed)) buttons.set(form[name]);
+      if (!isMine(name)) buttons.set(form[name]);
     }
   }
 
@@ -385,7 +398,10 @@ function createPanel(store, root) {
   root.addEventListener("focusout", () => setTimeout(() => drawForm(store.parts)));
 
   const unlisten = store.listen((what, names) => {
-    if (what === "parts") drawParts(names);
+    if (what === "parts") {
+      if (names.includes("form")) takeAnswer(store.parts);
+      drawParts(names);
+    }
     else if (what === "link") drawLink();
   });
   drawParts(Object.keys(draws));
