@@ -235,8 +235,10 @@ def _classify(ref: Ref, revision: str | None, *, weights: bool = True) -> tuple[
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # a name too long for a file; ~ of nobody
+        # Without the name, which an OSError says again, as long as it is.
+        why = error.strerror if isinstance(error, OSError) else first_line(error)
         raise ModelNotFoundError(
-            f"{one_line(name, 80)!r} names no model ({first_line(error)}); pass 'demo', a hub id, "
+            f"{one_line(name, 80)!r} names no model ({why}); pass 'demo', a hub id, "
             "a folder or a .gguf file."
         ) from None
     if isinstance(ref, str) and name == "demo":

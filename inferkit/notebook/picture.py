@@ -34,7 +34,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 26, 24
 _GAP = 30  # between the two panels
 _LOWER = 70  # height of the lower one
 _INK, _GRID = "#7a7a7a", "rgba(128,128,128,.28)"
-_HEADER = ("#", "prompt", "status", "tokens", "queue ms", "TTFT ms", "TPOT ms")
+_HEADER = ("#", "prompt", "status", "precision", "tokens", "queue ms", "TTFT ms", "TPOT ms")
 _NOTE = "TTFT and TPOT as vllm bench serve defines them; queue: arrival to first step"
 
 
@@ -346,6 +346,7 @@ def _row(told: dict[str, object]) -> tuple[object, ...]:
         told["number"],
         one_line(str(told["prompt"]), 48),
         told["status"],
+        told.get("mode", "–"),
         told["tokens"],
         *("–" if value is None else f"{value:.1f}" for value in shown),
     )
