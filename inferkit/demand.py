@@ -12,7 +12,10 @@ from inferkit.footprint import WeightFormat, quantized_linears
 from inferkit.kv import LayerKV
 from inferkit.placement import Part, device_of, fill, offloads, parts_of, split, within
 
-__all__ = ["Demand", "DevicePlan", "Transients"]
+__all__ = ["LOT", "Demand", "DevicePlan", "Transients"]
+
+LOT = 1 << 22
+"""Most scores that attention on a CPU has at once: see :mod:`inferkit.engine.attention`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Transients:
 
         residual, norms   t * hidden * (6 * itemsize + 2 * 4)          two copies in fp32
         projections, MLP  t * width * 4 * itemsize                     gate, up, their product, out
-        attention         t * positions * (heads * (itemsize + written) + 1 + itemsize)
+        attention         t * positions * (heads * (itemsize + written) + 1 + 2 * itemsize)
+        a lot's softmax   min(t * positions * heads, LOT) * itemsize   where a CPU multiplies bf16
         dequantized       the largest quantized weight, or its unpacked form or a tile of it; a tile
                           of a weight in 16 bits on a CPU that multiplies none
 
@@ -66,10 +70,10 @@ class Transients:
 
     ``width`` is the widest projection of the architecture, or the widest expert times the experts
     per token. ``positions`` is the KV cache's capacity. Attention holds the scores (or the mask,
-    repeated for the heads that share a KV head), and the mask itself beside the booleans that it is
-    made of. Where no fused kernel computes it (:mod:`inferkit.engine.attention`), ``written`` is
-    not 0: the scores live beside the repeated mask, their softmax is taken in fp32 from a copy in
-    fp32 (``itemsize + 4 + 4``), and sinks are joined to another copy of them (``itemsize`` more).
+    repeated for the heads that share a KV head), and the masks themselves, of two kinds of layers,
+    beside the booleans that one is made of. Where no fused kernel computes it
+    (:mod:`inferkit.engine.attention`), ``written`` is not 0: scores and their softmax live side by
+    side, and sinks are joined to a copy of them.
     On the device of the output embeddings come logits, ``rows * vocab * (itemsize + 4 + 4 + 8)``:
     in dtype, in fp32, sorted, and the sort's int64 indices.
     """
@@ -110,8 +114,9 @@ class Transients:
         """Bytes while one layer runs on ``tokens`` tokens that attend to ``positions``."""
         residual = self.hidden * (6 * itemsize + 2 * 4)
         mlp = self.width * 4 * itemsize
-        attention = positions * (self.heads * (itemsize + self.written) + 1 + itemsize)
-        return tokens * (residual + mlp + attention) + self.dequantized
+        attention = positions * (self.heads * (itemsize + self.written) + 1 + 2 * itemsize)
+        lot = min(tokens * positions * self.heads, LOT) * itemsize
+        return tokens * (residual + mlp + attention) + lot + self.dequantized
 
     def logits_bytes(self, rows: int, itemsize: int) -> int:
         """Bytes while the next tokens of ``rows`` rows are sampled."""
@@ -287,6 +292,6 @@ def _written_out(model: Any, text_config: Any, itemsize: int) -> int:
     """Bytes per score that attention with bent scores or with sinks holds: see `Transients`."""
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     if sinks:
-        return 2 * itemsize + 4 + 4
+        return 2 * itemsize
     bent = getattr(text_config, "attn_logit_softcapping", None) is not None
-    return itemsize + 4 + 4 if bent else 0
+    return itemsize if bent else 0

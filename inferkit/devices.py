@@ -299,7 +299,7 @@ def _preferred_dtype(name: str, stored: str) -> str:
     import torch
 
     if name == "cpu":
-        return "bfloat16" if _cpu_has_bf16() else "float32"
+        return "bfloat16" if cpu_has_bf16() else "float32"
     if name == "mps" or stored == "float16":
         return "float16"
     if name not in attached_names():  # imagined: one of today's
@@ -346,7 +346,7 @@ def _mps_device() -> Device:
 
 
 def _cpu_device() -> Device:
-    return Device("cpu", "cpu", cpu_description(), *cpu_memory(), _cpu_has_bf16())
+    return Device("cpu", "cpu", cpu_description(), *cpu_memory(), cpu_has_bf16())
 
 
 def cpu_memory() -> tuple[int, int]:
@@ -386,7 +386,8 @@ def _disk() -> Device:
     return Device("disk", "disk", folder, usage.total, usage.free, False)
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 itself."""
     import torch
 
     if platform.machine().lower() in ("arm64", "aarch64"):
