@@ -26,8 +26,8 @@ import pytest
 import inferkit as ik
 from inferkit import conversions
 from inferkit.engine.request import Request
+from inferkit.experiments import exports, recording, replay, rounding, store
 from inferkit.experiments import file as files
-from inferkit.experiments import recording, replay, rounding, store
 from inferkit.experiments.environment import environment, scrubbed
 from inferkit.generation import Settings
 
@@ -1079,6 +1079,34 @@ def test_a_number_near_the_border_of_a_tokens_part_is_rounding() -> None:
     assert rounding._missed(scores, few, 0.3, 1, 0.6) == 0
 
 
+def test_rounding_makes_few_drawn_tokens_differ() -> None:
+    assert rounding.shift(0.25, 1.0) == 0.25 / 8
+    assert rounding.shift(0.25, 1e-3) == 0.25
+    assert not rounding.too_many(0, 0.0)
+    assert rounding.too_many(3, 0.1)
+    assert not rounding.too_many(3, 2.0)
+    assert rounding.too_many(1, 1e-9)
+    assert not rounding.too_many(1000, 1000.0)
+
+
+def test_drawn_requests_that_nearly_all_differ_are_no_rounding(
+    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "_missed", lambda *_: 0.0)  # each of them could be
+    drawn = {"temperature": 0.9, "max_tokens": 8, "ignore_eos": True}
+    with ik.record("drawn", path=path, progress=False):
+        for seed in range(10):
+            model.generate(PROMPTS[2], seed=seed, **drawn)
+    monkeypatch.setitem(rounding.ROUNDING, "float32", 0.25)
+    edit(path, 0, seed=77)
+    assert [o.kind for o in ik.replay(path, progress=False).outcomes].count("rounding") == 1
+    for number in range(10):
+        edit(path, number, seed=77 + number)
+    found = ik.replay(path, progress=False)
+    assert not found.ok
+    assert "requests differ in this way" in found.outcomes[0].reason
+
+
 @pytest.mark.parametrize("token", [10**9, -5])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_token_that_the_model_does_not_have_is_a_difference(
@@ -1307,6 +1335,50 @@ def test_the_example_of_the_demo_model_is_reproduced(demo_model_path: Path) -> N
     told = json.loads(done.stdout)
     assert told["verdict"].startswith("Reproduced")
     assert len(told["outcomes"]) == 15
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_other_sampling_than_was_recorded_is_no_rounding(demo_model_path: Path, path: Path) -> None:
+    sampling = {"temperature": 0.8, "max_tokens": 8}
+    prompts = ["Once upon a time", "The moon is", "My favourite recipe begins with"]
+    changes: list[Callable[[dict[str, Any]], None]] = [
+        lambda request: request["params"].update(temperature=0.9),
+        lambda request: request["params"].update(top_k=20),
+        lambda request: request.update(seed=request["seed"] + 100),
+    ]
+    options = {"context": 64, "max_batch": 4, "compile": False}
+    with ik.load(demo_model_path, **options, progress=False) as model:
+        with ik.record("drawn", path=path, progress=False):
+            for seed in range(4):
+                model.generate(prompts, seed=seed, **sampling)
+        assert ik.replay(path, progress=False, pause=0).ok
+        for change in changes:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            for one in data["requests"]:
+                change(one)
+            other = path.with_name("other.json")
+            other.write_text(json.dumps(data), encoding="utf-8")
+            found = ik.replay(other, progress=False, pause=0)
+            assert not found.ok
+            assert found.verdict.startswith("Differs")
+
+
+def test_a_model_that_the_recording_lacks_is_named(
+    recorded: ik.Experiment, path: Path, model: ik.Model
+) -> None:
+    with pytest.raises(ik.OptionError, match="'other', which the recording lacks"):
+        ik.replay(path, model={"other": model.path}, progress=False)
+
+
+def test_requests_that_had_not_ended_are_shown_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    exp = measured.small()
+    assert "5 requests, 1 of them not ended" in repr(exp)
+    assert "not ended" in repr(exp).splitlines()[-1]
+    assert exp.to_frame()["finish_reason"].isna().tolist() == [False] * 4 + [True]
+    assert len(list(exports.to_aiperf(exp))) == 4
+    assert "1 request of 'tiny run' had not ended" in caplog.text
 
 
 def test_one_request_is_no_requests() -> None:

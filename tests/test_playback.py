@@ -115,8 +115,12 @@ def test_what_goes_wrong_on_the_way_is_told(
 
 
 def test_requests_that_failed_or_were_cancelled_end_as_they_did(played: list[Any]) -> None:
-    playback = shown(played, small())
-    ended = {str(gen.finish_reason): gen for gen in playback.generations}
+    recorded = small()
+    recorded.file.requests[-1].finished = None
+    playback = shown(played, recorded)
+    *gens, cut = playback.generations
+    assert "had not ended when the recording was cut off" in str(cut.error)
+    ended = {str(gen.finish_reason): gen for gen in gens}
     assert {"length", "stop", "cancelled", "error"} <= set(ended)
     assert "no room" in str(ended["error"].error)
     assert ended["cancelled"].latency.output_tokens == 1

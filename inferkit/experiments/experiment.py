@@ -148,10 +148,13 @@ class Experiment:
         return self.summary().plot()
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per request that ended; times in seconds, arrival since the beginning."""
+        """One row per request; times in seconds, arrival since the beginning.
+
+        The finish reason of one that had not ended is missing.
+        """
         import pandas as pd
 
-        return pd.DataFrame([self._row(one) for one in self._ended]).rename_axis("request")
+        return pd.DataFrame(map(self._row, self.file.requests)).rename_axis("request")
 
     def diff(self, other: Experiment) -> Difference:
         """This experiment beside another: latency, ratios, intervals, outputs.
@@ -232,7 +235,7 @@ class Experiment:
             "max_batch": gen.settings.max_batch,
             "prompt": gen.prompt,
             "text": gen.text,
-            "finish_reason": gen.finish_reason,
+            "finish_reason": one.finish_reason,
             "prompt_tokens": one.prompt_tokens,
             "output_tokens": gen.latency.output_tokens,
             "arrival": one.arrival * NS,
@@ -243,7 +246,7 @@ class Experiment:
 
     def _rows(self) -> Sequence[Sequence[object]]:
         rows = []
-        for one in self._ended[:_SHOWN]:
+        for one in self.file.requests[:_SHOWN]:
             row = self._row(one)
             left_out = f"{one.prompt_tokens} tokens"
             rows.append(
@@ -252,7 +255,7 @@ class Experiment:
                     row["quantization"],
                     one_line(row["prompt"] or left_out, 32),
                     one_line(row["text"], 48) or "-",
-                    row["finish_reason"],
+                    row["finish_reason"] or "not ended",
                     row["output_tokens"],
                     *("-" if row[n] is None else f"{1e3 * row[n]:.1f}" for n in ("ttft", "tpot")),
                 )
@@ -263,17 +266,17 @@ class Experiment:
         ended, all_of_them = len(self._ended), len(self.file.requests)
         count = counted(all_of_them, "request")
         if ended < all_of_them:
-            count = f"{ended} of {count}"
+            count = f"{count}, {all_of_them - ended} of them not ended"
         return f"Experiment {self.name!r}: {count}, {self.origin}"
 
     def _footer(self) -> str:
-        more = len(self._ended) - _SHOWN
+        more = len(self.file.requests) - _SHOWN
         rest = [f"and {more} more: .to_frame() has all"] if more > 0 else []
         return "; ".join([*rest, *self.notes])
 
     def __repr__(self) -> str:
         parts = [self._caption()]
-        if self._ended:
+        if self.file.requests:
             parts.append(text_table(self._HEADER, self._rows()))
         return "\n".join(part for part in (*parts, self._footer()) if part)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +19,14 @@ from inferkit.definitions import DEFINITIONS, PER_SECOND
 from inferkit.errors import OptionError
 from inferkit.experiments.experiment import Experiment
 from inferkit.experiments.store import check_free, local_path, write_bytes, writing
-from inferkit.generation import Generation
-from inferkit.html import listed
+from inferkit.generation import Generation, Generations
+from inferkit.html import counted, listed
 from inferkit.latency import LatencySummary
 from inferkit.trace import NS, Latency
 
 __all__ = ["VLLM_DATE", "WRITER", "to_aiperf", "to_vllm", "write"]
+
+_log = logging.getLogger("inferkit")
 
 WRITER = "inferkit"
 """What stands for the backend or the worker, by which a file is known as one of inferkit's."""
@@ -53,7 +56,7 @@ def to_vllm(exp: Experiment, slo: Mapping[str, float] | None = None) -> dict[str
     Raises:
         OptionError: An objective is unknown or makes no sense.
     """
-    gens = exp.generations
+    gens = _ended(exp)
     summary = exp.summary(slo=slo, definitions="vllm") if gens else None
     model = ", ".join(dict.fromkeys(one.ref or one.name for one in exp.models))
     duration = summary.duration if summary else exp.duration or 0.0
@@ -159,8 +162,20 @@ def to_aiperf(exp: Experiment) -> Iterator[dict[str, Any]]:
     and the request's offset. A request that failed or was cancelled has ``error`` and no latency.
     """
     began = round(exp.created.timestamp() * 1e6) * 1000
-    for number, gen in enumerate(exp.generations):
+    for number, gen in enumerate(_ended(exp)):
         yield _aiperf_record(number, gen, began)
+
+
+def _ended(exp: Experiment) -> Generations:
+    """The requests that have ended, for formats that know no others."""
+    found = exp.generations
+    if lacking := len(exp.file.requests) - len(found):
+        _log.warning(
+            "%s of %r had not ended, and this format has no place for such: left out.",
+            counted(lacking, "request"),
+            exp.name,
+        )
+    return found
 
 
 def _aiperf_record(number: int, gen: Generation, began: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from inferkit.model import Model
 
-__all__ = ["ROUNDING", "Judgement", "judge"]
+__all__ = ["ROUNDING", "Judgement", "judge", "shift", "too_many"]
 
 ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 """How far apart (in nats) two likeliest tokens may be for rounding to choose between them.
@@ -30,6 +30,7 @@ proportion, with room for the layers before.
 """
 
 _MOST = 0.25  # of the probability, that rounding may move a border of a token's part
+_CHANCE = 1e-3  # with which rounding would make so many drawn tokens differ, or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +80,38 @@ def judge(
         return Judgement(gap <= limit, gap, f"the two tokens are {gap:.3g} nats apart here")
     drawn = [row.uniform() for _ in range(len(before) + 1)][-1]
     missed = _missed(scores / params.temperature, row, drawn, recorded, limit / params.temperature)
-    # Logits that are wrong by d nats at most move a border by d / 2 of the probability at most.
-    near = missed <= min(_MOST, limit / (2 * params.temperature))
+    near = missed <= shift(limit, params.temperature)
     if missed == math.inf:
         return Judgement(False, None, "the recorded token is not among those to draw from here")
     return Judgement(
         near, None, f"the number drawn is {missed:.2g} of the probability off the recorded token"
     )
+
+
+def shift(limit: float, temperature: float) -> float:
+    """By how much probability rounding may move a border between the parts of two tokens.
+
+    A border with the probability p below it moves by p (1 - p) (a - b) / temperature, where logits
+    are wrong by a on the average of the tokens below and by b above: by ``limit / 4`` at most where
+    two logits are ``limit`` apart at most. Half of that is allowed, for many tokens average; what
+    was seen of bf16 beside fp32, of another processor and of a GPU beside a CPU was within half.
+    """
+    return min(_MOST, limit / (8 * temperature))
+
+
+def too_many(parted: int, expected: float) -> bool:
+    """Whether more drawn tokens differ than rounding makes, each of which it may have made.
+
+    Args:
+        parted: Requests that differ.
+        expected: How many would if every border had moved by as much as `shift` allows.
+    """
+    # A number that is drawn falls with the probability of the shift between a border as it was and
+    # as it is; of many such that are rare, so many do by Poisson's distribution.
+    fewer = sum(
+        math.exp(k * math.log(expected) - expected - math.lgamma(k + 1)) for k in range(parted)
+    )
+    return parted > 0 and 1 - fewer < _CHANCE
 
 
 def _last_logits(model: Model, sequence: Sequence[int]) -> torch.Tensor:

@@ -41,6 +41,7 @@ from inferkit.trace import NS
 __all__ = ["Playback", "play"]
 
 _STEPS = 4096
+_NO_END = "It had not ended when the recording was cut off."
 _LONGEST = 1e9  # seconds of a pause; as good as none that is cut
 
 
@@ -224,8 +225,9 @@ class _Stage:
             self._failure = error
             self._failed(error)
         finally:
-            for request in list(self._live.values()):
-                request.finish("cancelled")
+            for number, request in list(self._live.items()):
+                lacks_end = self._file.requests[number].finish_reason is None
+                request.finish("cancelled", error=ExperimentError(_NO_END) if lacks_end else None)
             self._live.clear()
             self.requests, self.running, self.waiting = [], 0, 0
 

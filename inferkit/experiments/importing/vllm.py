@@ -49,7 +49,11 @@ def read(documents: Sequence[Any], benchmark: int | None) -> ExperimentFile:
         models=unnamed(result.model_id or ""),
         requests=_requests(result),
         duration=nanoseconds(result.duration),
-        notes=["vLLM writes the date at the end and without a time zone: it is taken for UTC"],
+        notes=[
+            "vLLM writes the date at the end and without a time zone: it is taken for UTC",
+            f"vLLM's own rates are over all of its {result.duration:.2f} s, and those here from "
+            "the first arrival to the last token",
+        ],
         environment=Environment(),
     )
 
