@@ -104,6 +104,14 @@ def test_a_lot_reads_no_more_than_its_tokens_may_see() -> None:
     assert attentions._lots(mask, HEADS) is lots  # for the next layer
 
 
+def test_a_lot_that_sees_nothing_is_no_failure() -> None:
+    seen = causal()[None].clone()
+    seen[:, :128] = False
+    found, _ = attention(torch.nn.Module(), *(given := inputs(seen)))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:, 128:], written_out(*given)[:, 128:], rtol=1e-4, atol=1e-5)
+
+
 def test_many_heads_and_positions_make_lots_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attentions, "LOT", 40 * HEADS * TOKENS)
     lots = attentions._lots(mask_of(causal()[None]), HEADS)

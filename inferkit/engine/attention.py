@@ -88,8 +88,9 @@ def _spanned(mask: torch.Tensor, size: int) -> Iterator[tuple[slice, slice]]:
     least = torch.finfo(mask.dtype).min
     for begin in range(0, mask.shape[2], size):
         lot = slice(begin, min(begin + size, mask.shape[2]))
-        seen = (mask[:, 0, lot].amax((0, 1)) > least).nonzero()
-        yield lot, slice(int(seen[0]), int(seen[-1]) + 1)
+        seen = (mask[:, 0, lot].amax((0, 1)) > least).nonzero().flatten().tolist()
+        first, last = (seen[0], seen[-1]) if seen else (0, 0)  # padding may see nothing
+        yield lot, slice(first, last + 1)
 
 
 def _attend(
