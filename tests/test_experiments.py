@@ -1079,32 +1079,10 @@ def test_a_number_near_the_border_of_a_tokens_part_is_rounding() -> None:
     assert rounding._missed(scores, few, 0.3, 1, 0.6) == 0
 
 
-def test_rounding_makes_few_drawn_tokens_differ() -> None:
+def test_rounding_moves_a_border_by_less_where_the_temperature_is_higher() -> None:
     assert rounding.shift(0.25, 1.0) == 0.25 / 8
+    assert rounding.shift(0.25, 2.0) == 0.25 / 16
     assert rounding.shift(0.25, 1e-3) == 0.25
-    assert not rounding.too_many(0, 0.0)
-    assert rounding.too_many(3, 0.1)
-    assert not rounding.too_many(3, 2.0)
-    assert rounding.too_many(1, 1e-9)
-    assert not rounding.too_many(1000, 1000.0)
-
-
-def test_drawn_requests_that_nearly_all_differ_are_no_rounding(
-    model: ik.Model, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rounding, "_missed", lambda *_: 0.0)  # each of them could be
-    drawn = {"temperature": 0.9, "max_tokens": 8, "ignore_eos": True}
-    with ik.record("drawn", path=path, progress=False):
-        for seed in range(10):
-            model.generate(PROMPTS[2], seed=seed, **drawn)
-    monkeypatch.setitem(rounding.ROUNDING, "float32", 0.25)
-    edit(path, 0, seed=77)
-    assert [o.kind for o in ik.replay(path, progress=False).outcomes].count("rounding") == 1
-    for number in range(10):
-        edit(path, number, seed=77 + number)
-    found = ik.replay(path, progress=False)
-    assert not found.ok
-    assert "requests differ in this way" in found.outcomes[0].reason
 
 
 @pytest.mark.parametrize("token", [10**9, -5])
@@ -1354,6 +1332,8 @@ def test_other_sampling_than_was_recorded_is_no_rounding(demo_model_path: Path, 
             for seed in range(4):
                 model.generate(prompts, seed=seed, **sampling)
         assert ik.replay(path, progress=False, pause=0).ok
+        # A processor that multiplies bf16 runs the model in it, and rounds nearly all otherwise.
+        assert ik.replay(path, dtype="float32", progress=False, pause=0).ok
         for change in changes:
             data = json.loads(path.read_text(encoding="utf-8"))
             for one in data["requests"]:

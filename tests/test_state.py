@@ -201,8 +201,9 @@ def test_a_pipe_keeps_nobody_waiting(runtime: Path) -> None:
         lambda data: data.replace(b"{", b'{"deep":' + 100_000 * b"[" + 100_000 * b"]" + b",", 1),
         lambda data: data.replace(b'"started":', b'"started":1e999,"was":'),
         lambda data: data.replace(b'"own":0', b'"own":' + 400 * b"9"),
+        lambda data: data.replace(b'"own":0', b'"own":-' + 400 * b"9"),
     ],
-    ids=["no UTF-8", "deep", "infinite", "no such memory"],
+    ids=["no UTF-8", "deep", "infinite", "no such memory", "less than none"],
 )
 def test_a_damaged_file_leaves_the_others_to_be_seen(
     damage: Callable[[bytes], bytes], runtime: Path
@@ -230,9 +231,10 @@ def test_a_path_that_is_no_text_is_written_as_far_as_it_is() -> None:
 
 def test_ps_gives_the_terminal_nothing_to_obey() -> None:
     for number, name in enumerate(("\x1b[2Jone\n.ipynb", ".", "./")):
-        folder.write(entry(kernel_id=f"k{number}", notebook=name))
+        gpu = schema.OnDevice(name="mps", uuid="", description="\x9b2J", total=9, free=5, own=0)
+        folder.write(entry(kernel_id=f"k{number}", notebook=name, devices=[gpu]))
     text = survey.as_text(survey.survey())
-    assert "\x1b" not in text
+    assert not {"\x1b", "\x9b"} & set(text)
     assert "\ufffd[2Jone\ufffd.ipynb" in text
 
 
@@ -500,9 +502,25 @@ def test_a_slow_model_has_a_rate_of_all_that_came_of_late(model: ik.Model) -> No
     meter = _Meter(model, threading.Event())
     now = time.perf_counter_ns()
     meter._moments.extend(now - int(ago * 1e9) for ago in (9, 6, 3))
+    assert meter._rate() == 0  # nothing runs any more
+    meter._live[0] = model.submit("Once", max_tokens=1), 0
     assert meter._rate() == pytest.approx(1 / 3, rel=0.01)
     meter._moments.extend([now] * 8)
     assert meter._rate() == 4.0
+
+
+def test_a_model_that_gives_nothing_more_becomes_slower(model: ik.Model) -> None:
+    meter = _Meter(model, threading.Event())
+    meter._live[0] = model.submit("Once", max_tokens=1), 0
+    rates = []
+    for silent in (0.1, 1.0, 1.9, 1.95, 5, 8):
+        last = time.perf_counter_ns() - int(silent * 1e9)
+        meter._moments.clear()
+        meter._moments.extend(last - i * 20_000_000 for i in range(200))
+        rates.append(meter._rate())
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(47.5, rel=0.05)
+    assert rates[-1] == pytest.approx(1 / 8, rel=0.01)
 
 
 def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:

@@ -21,7 +21,7 @@ from inferkit.experiments.experiment import Experiment, checked_pause, generatio
 from inferkit.experiments.file import ModeEntry, ModelEntry, RequestEntry, unpack
 from inferkit.experiments.outcome import Outcome, Replay
 from inferkit.experiments.recording import Recording
-from inferkit.experiments.rounding import ROUNDING, Judgement, judge, shift, too_many
+from inferkit.experiments.rounding import ROUNDING, Judgement, judge
 from inferkit.experiments.schedule import (
     Part,
     ended_itself,
@@ -347,7 +347,6 @@ class _Run:
                 stack.callback(self._let_go, self._there)
                 stack.callback(self._end_changes)
                 stack.callback(self._end_requests)
-        self._judge_together()
         outcomes = [self._outcome(i) for i in range(len(self.recorded.file.requests))]
         if interrupted:
             outcomes = [self._unfinished(o) for o in outcomes]
@@ -504,26 +503,6 @@ class _Run:
             except InferkitError as error:  # there is no room for another mode, say
                 ran = got.settings.quantization
                 self._judged[number] = f"it was not judged in {ran} ({first_line(error)})"
-
-    def _judge_together(self) -> None:
-        """Rounding may make a drawn token differ, but not one after another."""
-        near, expected = {}, 0.0
-        for number, request in self._requests.items():
-            one, got = self.recorded.file.requests[number], request.result()
-            recorded = generation_of(one)
-            if self.recorded.redacted or got.params.temperature == 0:
-                continue
-            at = _where_they_part(got, recorded)
-            held = len(got.token_ids) if at is None else at + 1
-            limit = self._limit(one, recorded, got)
-            expected += held * shift(limit, got.params.temperature)
-            judged = self._judged.get(number)
-            if isinstance(judged, Judgement) and judged.near:
-                near[number] = judged
-        if too_many(len(near), expected):
-            for number, judged in near.items():
-                said = f"{judged.said}, but {len(near)} requests differ in this way"
-                self._judged[number] = replace(judged, near=False, said=said)
 
     @contextmanager
     def _as_it_came(self, one: RequestEntry, got: Generation) -> Iterator[Model]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from inferkit.model import Model
 
-__all__ = ["ROUNDING", "Judgement", "judge", "shift", "too_many"]
+__all__ = ["ROUNDING", "Judgement", "judge", "shift"]
 
 ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 """How far apart (in nats) two likeliest tokens may be for rounding to choose between them.
@@ -30,7 +30,6 @@ proportion, with room for the layers before.
 """
 
 _MOST = 0.25  # of the probability, that rounding may move a border of a token's part
-_CHANCE = 1e-3  # with which rounding would make so many drawn tokens differ, or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +96,6 @@ def shift(limit: float, temperature: float) -> float:
     was seen of bf16 beside fp32, of another processor and of a GPU beside a CPU was within half.
     """
     return min(_MOST, limit / (8 * temperature))
-
-
-def too_many(parted: int, expected: float) -> bool:
-    """Whether more drawn tokens differ than rounding makes, each of which it may have made.
-
-    Args:
-        parted: Requests that differ.
-        expected: How many would if every border had moved by as much as `shift` allows.
-    """
-    # A number that is drawn falls with the probability of the shift between a border as it was and
-    # as it is; of many such that are rare, so many do by Poisson's distribution.
-    fewer = sum(
-        math.exp(k * math.log(expected) - expected - math.lgamma(k + 1)) for k in range(parted)
-    )
-    return parted > 0 and 1 - fewer < _CHANCE
 
 
 def _last_logits(model: Model, sequence: Sequence[int]) -> torch.Tensor:

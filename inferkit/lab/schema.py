@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 VERSION = 1
-Bytes = Annotated[int, msgspec.Meta(le=2**53)]  # what JavaScript's numbers hold
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # what JavaScript's numbers hold
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

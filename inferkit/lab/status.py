@@ -42,7 +42,7 @@ _log = logging.getLogger("inferkit")
 _BUSY, _IDLE = 1.0, 3.0  # seconds between two looks
 _STEP, _STEPS = 1.0, 60  # of the history
 _RATE = 2.0  # seconds that tokens per second are counted over...
-_FEW, _LONG = 4, 10.0  # ...and where fewer than so many came, more seconds
+_FEW, _LONG = 4, 10.0  # ...or where fewer than so many came, by the gaps of these
 _GAPS = 512  # that the quantiles are of
 
 
@@ -146,11 +146,13 @@ class _Meter:
         )
 
     def _rate(self) -> float:
-        now = time.perf_counter_ns()
-        late = sum(moment >= now - _RATE * 1e9 for moment in self._moments)
-        if late >= _FEW or not self._moments:
+        now, moments = time.perf_counter_ns(), self._moments
+        late = sum(moment >= now - _RATE * 1e9 for moment in moments)
+        first, last = min(moments, default=0), max(moments, default=0)
+        if late >= _FEW or not self._live or first == last:
             return late / _RATE
-        return len(self._moments) / max(_RATE, (now - self._moments[0]) * 1e-9)
+        # By the gaps, of which the one that goes on is at least as long as it is by now.
+        return min((len(moments) - 1) / (last - first), 1 / (now - last)) * 1e9
 
     def _history(self) -> History | None:
         last = int((time.perf_counter_ns() + self._epoch) * 1e-9 / _STEP)

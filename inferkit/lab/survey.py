@@ -68,7 +68,8 @@ def _device_row(device: Attached) -> tuple[str, ...]:
     busy = "-" if device.utilization is None else f"{device.utilization:.0f} %"
     ours = format_bytes(sum(share.used for share in device.kernels))
     total, used = format_bytes(device.total), format_bytes(device.used)
-    return (device.name, total, used, ours, busy, device.description)
+    name, description = _printable(device.name), _printable(device.description)
+    return (name, total, used, ours, busy, description)
 
 
 def _title(path: str, paths: Collection[str]) -> str:
