@@ -258,7 +258,7 @@ def test_sampling_options_reach_the_request(terminal: Notebook, model: ik.Model)
 def test_an_interrupt_keeps_the_text_and_ends_without_an_error(
     notebook: Notebook, model: ik.Model
 ) -> None:
-    with interrupt_after(model, 6):
+    with interrupt_after(model, 60):
         notebook.run("%%infer --max-tokens 900 --to kept\nOnce\n---\nTwice")
     done = notebook["_infer"]
     assert notebook["kept"] is done

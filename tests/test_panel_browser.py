@@ -377,7 +377,7 @@ def test_an_unknown_model_is_said_before_and_after_load_is_pressed(empty: PanelV
 def test_a_load_that_fails_as_planned_says_so_once(empty: PanelView) -> None:
     empty.fill({"Model": "/no/such/model"})
     plan = empty.root.locator(".ik-plan")
-    expect(plan).to_contain_text("/no/such/model")
+    expect(plan).to_contain_text("there is no /no/such/model")  # it looks for it first
     said = plan.inner_text()
     empty.button("Load").click()
     expect(empty.failure).to_contain_text(said)
