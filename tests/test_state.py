@@ -194,6 +194,23 @@ def test_a_pipe_keeps_nobody_waiting(runtime: Path) -> None:
     assert [kernel.kernel_id for kernel in kernels()] == ["one"]
 
 
+def test_a_folder_among_the_files_is_left_alone(runtime: Path) -> None:
+    folder.write(entry())
+    (runtime / "inferkit" / "two.json").mkdir()
+    process = psutil.Process()
+    kernels()
+    before = process.num_fds()
+    for _ in range(3):
+        assert [kernel.kernel_id for kernel in kernels()] == ["one"]
+    assert process.num_fds() <= before
+
+
+def test_a_history_without_end_is_not_taken() -> None:
+    endless = schema.History(end=0, seconds=1, itl=[1.0] * 100_000, ttft=[], tokens=[])
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(msgspec.json.encode(endless), type=schema.History)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -501,26 +518,64 @@ def test_what_cannot_be_read_ends_no_thread_and_no_answer(
 def test_a_slow_model_has_a_rate_of_all_that_came_of_late(model: ik.Model) -> None:
     meter = _Meter(model, threading.Event())
     now = time.perf_counter_ns()
-    meter._moments.extend(now - int(ago * 1e9) for ago in (9, 6, 3))
-    assert meter._rate() == 0  # nothing runs any more
+    meter._moments.extend(now - int(ago * 1e9) for ago in (19, 16, 13, 10, 7, 4, 1))
+    assert meter._rate(now) == 0.5  # nothing runs any more
     meter._live[0] = model.submit("Once", max_tokens=1), 0
-    assert meter._rate() == pytest.approx(1 / 3, rel=0.01)
+    assert meter._rate(now) == pytest.approx(4 / 13, rel=0.01)
     meter._moments.extend([now] * 8)
-    assert meter._rate() == 4.0
+    assert meter._rate(now) == 4.5
+
+
+@pytest.mark.parametrize(
+    "came",
+    [
+        [0, 9, 9.3, 9.6],
+        [*(i / 100 for i in range(100)), 1.6, 2.2, 2.8, 3.4],
+        [i * 0.02 for i in range(200)],
+        [0, 0, 0, 0, 0, 0, 1.9],
+        [5.0],
+    ],
+)
+def test_without_a_token_the_rate_never_rises(model: ik.Model, came: list[float]) -> None:
+    meter = _Meter(model, threading.Event())
+    meter._live[0] = model.submit("Once", max_tokens=1), 0
+    meter._moments.extend(int(moment * 1e9) for moment in came)
+    rates = [meter._rate(int((came[-1] + late / 10) * 1e9)) for late in range(150)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0
+
+
+def test_latency_is_of_the_mode_that_is_shown(status: Status, model: ik.Model) -> None:
+    status.follow(model)
+    model.generate("Once", max_tokens=100, ignore_eos=True)
+    wait_for(lambda: kernels() and read().models[0].itl is not None)
+    model.configure(max_batch=2)
+    wait_for(lambda: read().models[0].max_batch == 2)
+    assert (read().models[0].itl, read().models[0].itl_p99, read().models[0].ttft) == (None,) * 3
+    gen = model.generate("Once", max_tokens=30, ignore_eos=True)
+    wait_for(lambda: sum(read().models[0].history.tokens) == 130)
+    shown = read().models[0]
+    gaps = sorted(1e3 * gap for gap in gen.latency.itl)
+    assert shown.itl == pytest.approx(gaps[14], rel=0.02, abs=0.01)
+    assert shown.ttft == pytest.approx(1e3 * gen.latency.ttft, abs=0.01)
+
+
+def test_gaps_pass_away(status: Status, model: ik.Model) -> None:
+    meter = _Meter(model, threading.Event())
+    meter._gaps.extend((int(at * 1e9), at) for at in (1, 2, 3, 12.5))
+    meter.read()
+    assert [gap for _, gap in meter._gaps] == [3, 12.5]
 
 
 def test_a_model_that_gives_nothing_more_becomes_slower(model: ik.Model) -> None:
     meter = _Meter(model, threading.Event())
     meter._live[0] = model.submit("Once", max_tokens=1), 0
-    rates = []
-    for silent in (0.1, 1.0, 1.9, 1.95, 5, 8):
-        last = time.perf_counter_ns() - int(silent * 1e9)
-        meter._moments.clear()
-        meter._moments.extend(last - i * 20_000_000 for i in range(200))
-        rates.append(meter._rate())
+    meter._moments.extend(i * 20_000_000 for i in range(200))
+    last = meter._moments[-1]
+    rates = [meter._rate(last + int(silent * 1e9)) for silent in (0.1, 1.0, 1.9, 1.95, 5, 8)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == pytest.approx(47.5, rel=0.05)
-    assert rates[-1] == pytest.approx(1 / 8, rel=0.01)
+    assert rates[-1] == pytest.approx(4 / 8.08, rel=0.01)
 
 
 def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:

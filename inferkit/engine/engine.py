@@ -93,6 +93,7 @@ class Engine:
         name: What messages call the model.
 
     Attributes:
+        settings: Tells what requests run under at this moment.
         steps: The last steps, for timelines.
         at_rest: Held by the engine's thread while it works with the weights. Who else would use
             them takes it for that time, and must not wait for it.
@@ -113,6 +114,7 @@ class Engine:
         name: str,
     ) -> None:
         self.runner = runner
+        self.settings = settings
         self.steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
         self.on_submit: list[Callable[[Sequence[Request]], None]] = []
         self.at_rest = threading.Lock()

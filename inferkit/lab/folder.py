@@ -148,9 +148,13 @@ def _decoded(data: bytes, kind: type[_Kind]) -> _Kind:
         raise _Unreadable(error) from None
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _take_in(path: Path, here: frozenset[str], found: Found) -> None:
     # Whatever lies there: a pipe must not keep its reader waiting.
-    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+    with open(path, "rb", opener=_without_waiting) as file:
         read = os.fstat(file.fileno())
         if not stat.S_ISREG(read.st_mode):
             raise _Unreadable("it is no plain file")

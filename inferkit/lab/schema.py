@@ -31,7 +31,10 @@ __all__ = [
 ]
 
 VERSION = 1
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # what JavaScript's numbers hold
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]  # what JavaScript's numbers hold
+Bytes = Count
+Real = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+_STEPS = msgspec.Meta(max_length=1000)
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +52,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     inferkit: str
     kernel_id: str
-    pid: int
+    pid: Count
     started: float
     host: str = ""
 
@@ -87,10 +90,10 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     end: float
-    seconds: float
-    itl: list[float | None]
-    ttft: list[float | None]
-    tokens: list[int]
+    seconds: Annotated[float, msgspec.Meta(gt=0)]
+    itl: Annotated[list[Real | None], _STEPS]
+    ttft: Annotated[list[Real | None], _STEPS]
+    tokens: Annotated[list[Count], _STEPS]
 
 
 class ModelState(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,9 +116,11 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
         running: Requests that run.
         waiting: Requests that wait.
         rate: Output tokens per second now.
-        itl: Median of the latest gaps between tokens.
-        itl_p99: Their 99th percentile.
-        ttft: Time to the first token of the latest request that has one.
+        itl: Median gap between tokens in the ten seconds up to the latest one, as far as they were
+            in this mode; None without one.
+        itl_p99: The 99th percentile of these gaps.
+        ttft: Time to the first token of the latest request that has one; None if that ran in
+            another mode.
         history: The last minute; None without a token in it.
     """
 
@@ -127,17 +132,17 @@ class ModelState(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str
     modes: list[str]
     batching: Literal["continuous", "static", "off"]
-    max_batch: int
-    context: int
+    max_batch: Count
+    context: Count
     fallback: str | None
     step: str
     memory: dict[str, Bytes]
-    running: int
-    waiting: int
-    rate: float
-    itl: float | None
-    itl_p99: float | None
-    ttft: float | None
+    running: Count
+    waiting: Count
+    rate: Real
+    itl: Real | None
+    itl_p99: Real | None
+    ttft: Real | None
     history: History | None
 
 
@@ -152,9 +157,9 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     what: str
-    done: int = 0
-    total: int | None = None
-    id: int = 0
+    done: Count = 0
+    total: Count | None = None
+    id: Count = 0
 
 
 class KernelState(Head, frozen=True, kw_only=True):

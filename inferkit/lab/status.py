@@ -12,10 +12,11 @@ import os
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ from inferkit.lab.schema import VERSION, History, KernelState, ModelState, OnDev
 
 if TYPE_CHECKING:
     from inferkit.engine import Request
+    from inferkit.generation import Settings
     from inferkit.model import Model
 
 __all__ = ["ACTIONS", "Status", "follow", "here", "kernel_id", "recorded"]
@@ -42,8 +44,8 @@ _log = logging.getLogger("inferkit")
 _BUSY, _IDLE = 1.0, 3.0  # seconds between two looks
 _STEP, _STEPS = 1.0, 60  # of the history
 _RATE = 2.0  # seconds that tokens per second are counted over...
-_FEW, _LONG = 4, 10.0  # ...or where fewer than so many came, by the gaps of these
-_GAPS = 512  # that the quantiles are of
+_FEW = 4  # ...or where these have no more tokens, so many gaps
+_LATE = 10.0  # seconds up to the latest token, whose gaps the quantiles are of
 
 
 @dataclass(slots=True)
@@ -67,9 +69,10 @@ class _Meter:
         self._new: deque[Request] = deque()
         self._live: dict[int, tuple[Request, int]] = {}  # and how many of its tokens were read
         self._buckets: dict[int, _Bucket] = {}
-        self._gaps: deque[float] = deque(maxlen=_GAPS)
+        self._mode: Settings | None = None  # that gaps and TTFT are of
+        self._gaps: deque[tuple[int, float]] = deque()
         self._ttft: float | None = None
-        self._moments: deque[int] = deque()  # of the tokens of late
+        self._moments: list[int] = []  # of the tokens of late, in order
         self._epoch = time.time_ns() - time.perf_counter_ns()
         engine = model._engine
         engine.on_submit.append(self._submitted)
@@ -90,9 +93,13 @@ class _Meter:
         while self._new:
             request = self._new.popleft()
             self._live.setdefault(request.id, (request, 0))
+        now = self.model._engine.settings()
         for key, (request, seen) in list(self._live.items()):
             over = request.done  # before its tokens, so that none comes afterwards
             times = request.times_since(max(0, seen - 1))
+            if len(times) > (seen > 0):
+                # What runs is under the policy of now, whatever it began with.
+                self._begin(replace(request.settings, batching=now.batching))
             if seen == 0 and times:
                 self._ttft = (times[0] - request.arrival) * 1e-6
                 self._bucket(times[0]).firsts.append(self._ttft)
@@ -101,15 +108,26 @@ class _Meter:
                 self._count(late)
                 if late > early:  # the tokens of one pass come together, with one gap before them
                     gap = (late - early) * 1e-6
-                    self._gaps.append(gap)
+                    self._gaps.append((late, gap))
                     self._bucket(late).gaps.append(gap)
             if over:
                 del self._live[key]
             else:
                 self._live[key] = (request, seen + len(times) - (seen > 0))
-        begin = time.perf_counter_ns() - int((_LONG if self._live else _RATE) * 1e9)
-        # Requests are read one after the other, so that the moments are nearly in order.
-        self._moments = deque(moment for moment in self._moments if moment >= begin)
+        begin = time.perf_counter_ns() - int(_RATE * 1e9)
+        self._moments.sort()  # for requests are read one after the other
+        kept = len(self._moments) - bisect_left(self._moments, begin)
+        kept = max(kept, _FEW + 1 if self._live else 0)
+        self._moments = self._moments[-kept:] if kept else []
+        latest = max((moment for moment, _ in self._gaps), default=0)
+        while self._gaps and self._gaps[0][0] < latest - _LATE * 1e9:
+            self._gaps.popleft()
+
+    def _begin(self, mode: Settings) -> None:
+        """Forget the latency of another mode."""
+        if mode != self._mode:
+            self._gaps.clear()
+            self._mode, self._ttft = mode, None
 
     def state(self) -> ModelState:
         """What there is to say of the model.
@@ -121,7 +139,9 @@ class _Meter:
         engine, form = model._engine, model.plan.format
         running, waiting = engine.running, engine.waiting
         own, busy = model.quantization, running or waiting
-        p50, p99 = np.percentile(self._gaps, (50, 99)).tolist() if self._gaps else (None, None)
+        same = self._mode == engine.settings()
+        gaps = [gap for _, gap in self._gaps] if same else []
+        p50, p99 = np.percentile(gaps, (50, 99)).tolist() if gaps else (None, None)
         return ModelState(
             name=model.name,
             ref=str(model.ref),
@@ -138,21 +158,20 @@ class _Meter:
             memory={d.name: d.weights + d.kv_cache for d in model.plan.devices},
             running=running,
             waiting=waiting,
-            rate=self._rate(),
+            rate=self._rate(time.perf_counter_ns()),
             itl=_rounded(p50),
             itl_p99=_rounded(p99),
-            ttft=_rounded(self._ttft),
+            ttft=_rounded(self._ttft) if same else None,
             history=self._history(),
         )
 
-    def _rate(self) -> float:
-        now, moments = time.perf_counter_ns(), self._moments
-        late = sum(moment >= now - _RATE * 1e9 for moment in moments)
-        first, last = min(moments, default=0), max(moments, default=0)
-        if late >= _FEW or not self._live or first == last:
-            return late / _RATE
-        # By the gaps, of which the one that goes on is at least as long as it is by now.
-        return min((len(moments) - 1) / (last - first), 1 / (now - last)) * 1e9
+    def _rate(self, now: int) -> float:
+        latest = self._moments[-_FEW - 1 :]
+        if self._live and latest and now - latest[0] > _RATE * 1e9:
+            # The gaps between the latest, with the one that goes on. In a stall it falls steadily,
+            # and where it takes the place of the count it is less than that.
+            return (len(latest) - 1) / (now - latest[0]) * 1e9
+        return sum(moment >= now - _RATE * 1e9 for moment in self._moments) / _RATE
 
     def _history(self) -> History | None:
         last = int((time.perf_counter_ns() + self._epoch) * 1e-9 / _STEP)

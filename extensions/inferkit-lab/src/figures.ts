@@ -22,7 +22,8 @@ export function spark(
   width: number,
   height: number
 ): Spark {
-  const top = Math.max(...history.itl.map(itl => itl ?? 0), 0) * 1.15 || 1;
+  const most = history.itl.reduce<number>((a, b) => Math.max(a, b ?? 0), 0);
+  const top = most * 1.15 || 1;
   const step = width / SLOTS;
   const x = (index: number): number => {
     const age = now - history.end + (history.itl.length - 1 - index);

@@ -130,12 +130,12 @@ function Latency({
 }): JSX.Element {
   const drawn = model.history && spark(model.history, now, WIDTH, HEIGHT);
   const facts: [string, string, string][] = [
-    ['ITL ms', figure(model.itl), 'Median gap between tokens of late'],
+    ['ITL ms', figure(model.itl), 'Median gap between tokens in the last 10 s with any, in this mode'],
     ['p99 ms', figure(model.itl_p99), '99th percentile of these gaps'],
     [
       'TTFT ms',
       figure(model.ttft),
-      'Time to first token of the latest request'
+      'Time to first token of the latest request in this mode'
     ],
     ['tok/s', figure(model.rate), 'Output tokens per second, now']
   ];

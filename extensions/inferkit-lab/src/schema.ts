@@ -122,9 +122,11 @@ export interface KernelState {
  *     running: Requests that run.
  *     waiting: Requests that wait.
  *     rate: Output tokens per second now.
- *     itl: Median of the latest gaps between tokens.
- *     itl_p99: Their 99th percentile.
- *     ttft: Time to the first token of the latest request that has one.
+ *     itl: Median gap between tokens in the ten seconds up to the latest one, as far as they were
+ *         in this mode; None without one.
+ *     itl_p99: The 99th percentile of these gaps.
+ *     ttft: Time to the first token of the latest request that has one; None if that ran in
+ *         another mode.
  *     history: The last minute; None without a token in it.
  */
 export interface ModelState {
@@ -164,8 +166,17 @@ export interface ModelState {
 export interface History {
   end: number;
   seconds: number;
+  /**
+   * @maxItems 1000
+   */
   itl: (number | null)[];
+  /**
+   * @maxItems 1000
+   */
   ttft: (number | null)[];
+  /**
+   * @maxItems 1000
+   */
   tokens: number[];
 }
 /**
@@ -231,10 +242,10 @@ export const shapes = {
   Attached: {"type":"object","required":["name","description","total","used","utilization","kernels"],"properties":{"name":{"type":"string"},"description":{"type":"string"},"total":{"type":"integer"},"used":{"type":"integer"},"utilization":{"anyOf":[{"type":"number"},{"type":"null"}]},"kernels":{"type":"array","items":{"$ref":"#/$defs/Share"}}}},
   Share: {"type":"object","required":["kernel_id","used"],"properties":{"kernel_id":{"type":"string"},"used":{"type":"integer"}}},
   Kernel: {"type":"object","required":["kernel_id","pid","inferkit","here","memory","state","problem"],"properties":{"kernel_id":{"type":"string"},"pid":{"type":"integer"},"inferkit":{"type":"string"},"here":{"type":"boolean"},"memory":{"type":"integer"},"state":{"anyOf":[{"$ref":"#/$defs/KernelState"},{"type":"null"}]},"problem":{"type":"string"}}},
-  KernelState: {"type":"object","required":["version","inferkit","kernel_id","pid","started","host","written","notebook","models","devices","work","actions","experiment","recording"],"properties":{"version":{"type":"integer"},"inferkit":{"type":"string"},"kernel_id":{"type":"string"},"pid":{"type":"integer"},"started":{"type":"number"},"host":{"type":"string","default":""},"written":{"type":"number"},"notebook":{"type":"string"},"models":{"type":"array","items":{"$ref":"#/$defs/ModelState"}},"devices":{"type":"array","items":{"$ref":"#/$defs/OnDevice"}},"work":{"type":"array","items":{"$ref":"#/$defs/Work"}},"actions":{"type":"array","items":{"type":"string"}},"experiment":{"anyOf":[{"type":"string"},{"type":"null"}]},"recording":{"type":"boolean","default":false}}},
-  ModelState: {"type":"object","required":["name","ref","state","devices","dtype","quantization","modes","batching","max_batch","context","fallback","step","memory","running","waiting","rate","itl","itl_p99","ttft","history"],"properties":{"name":{"type":"string"},"ref":{"type":"string"},"state":{"enum":["ready","running","stopped"]},"devices":{"type":"array","items":{"type":"string"}},"dtype":{"type":"string"},"quantization":{"type":"string"},"modes":{"type":"array","items":{"type":"string"}},"batching":{"enum":["continuous","off","static"]},"max_batch":{"type":"integer"},"context":{"type":"integer"},"fallback":{"anyOf":[{"type":"string"},{"type":"null"}]},"step":{"type":"string"},"memory":{"type":"object","additionalProperties":{"type":"integer","minimum":0,"maximum":9007199254740992}},"running":{"type":"integer"},"waiting":{"type":"integer"},"rate":{"type":"number"},"itl":{"anyOf":[{"type":"number"},{"type":"null"}]},"itl_p99":{"anyOf":[{"type":"number"},{"type":"null"}]},"ttft":{"anyOf":[{"type":"number"},{"type":"null"}]},"history":{"anyOf":[{"$ref":"#/$defs/History"},{"type":"null"}]}}},
-  History: {"type":"object","required":["end","seconds","itl","ttft","tokens"],"properties":{"end":{"type":"number"},"seconds":{"type":"number"},"itl":{"type":"array","items":{"anyOf":[{"type":"number"},{"type":"null"}]}},"ttft":{"type":"array","items":{"anyOf":[{"type":"number"},{"type":"null"}]}},"tokens":{"type":"array","items":{"type":"integer"}}}},
+  KernelState: {"type":"object","required":["version","inferkit","kernel_id","pid","started","host","written","notebook","models","devices","work","actions","experiment","recording"],"properties":{"version":{"type":"integer"},"inferkit":{"type":"string"},"kernel_id":{"type":"string"},"pid":{"type":"integer","minimum":0,"maximum":9007199254740992},"started":{"type":"number"},"host":{"type":"string","default":""},"written":{"type":"number"},"notebook":{"type":"string"},"models":{"type":"array","items":{"$ref":"#/$defs/ModelState"}},"devices":{"type":"array","items":{"$ref":"#/$defs/OnDevice"}},"work":{"type":"array","items":{"$ref":"#/$defs/Work"}},"actions":{"type":"array","items":{"type":"string"}},"experiment":{"anyOf":[{"type":"string"},{"type":"null"}]},"recording":{"type":"boolean","default":false}}},
+  ModelState: {"type":"object","required":["name","ref","state","devices","dtype","quantization","modes","batching","max_batch","context","fallback","step","memory","running","waiting","rate","itl","itl_p99","ttft","history"],"properties":{"name":{"type":"string"},"ref":{"type":"string"},"state":{"enum":["ready","running","stopped"]},"devices":{"type":"array","items":{"type":"string"}},"dtype":{"type":"string"},"quantization":{"type":"string"},"modes":{"type":"array","items":{"type":"string"}},"batching":{"enum":["continuous","off","static"]},"max_batch":{"type":"integer","minimum":0,"maximum":9007199254740992},"context":{"type":"integer","minimum":0,"maximum":9007199254740992},"fallback":{"anyOf":[{"type":"string"},{"type":"null"}]},"step":{"type":"string"},"memory":{"type":"object","additionalProperties":{"type":"integer","minimum":0,"maximum":9007199254740992}},"running":{"type":"integer","minimum":0,"maximum":9007199254740992},"waiting":{"type":"integer","minimum":0,"maximum":9007199254740992},"rate":{"type":"number","minimum":0,"maximum":1000000000000},"itl":{"anyOf":[{"type":"number","minimum":0,"maximum":1000000000000},{"type":"null"}]},"itl_p99":{"anyOf":[{"type":"number","minimum":0,"maximum":1000000000000},{"type":"null"}]},"ttft":{"anyOf":[{"type":"number","minimum":0,"maximum":1000000000000},{"type":"null"}]},"history":{"anyOf":[{"$ref":"#/$defs/History"},{"type":"null"}]}}},
+  History: {"type":"object","required":["end","seconds","itl","ttft","tokens"],"properties":{"end":{"type":"number"},"seconds":{"type":"number","exclusiveMinimum":0},"itl":{"type":"array","items":{"anyOf":[{"type":"number","minimum":0,"maximum":1000000000000},{"type":"null"}]},"maxItems":1000},"ttft":{"type":"array","items":{"anyOf":[{"type":"number","minimum":0,"maximum":1000000000000},{"type":"null"}]},"maxItems":1000},"tokens":{"type":"array","items":{"type":"integer","minimum":0,"maximum":9007199254740992},"maxItems":1000}}},
   OnDevice: {"type":"object","required":["name","uuid","description","total","free","own"],"properties":{"name":{"type":"string"},"uuid":{"type":"string"},"description":{"type":"string"},"total":{"type":"integer","minimum":0,"maximum":9007199254740992},"free":{"type":"integer","minimum":0,"maximum":9007199254740992},"own":{"type":"integer","minimum":0,"maximum":9007199254740992}}},
-  Work: {"type":"object","required":["what","done","total","id"],"properties":{"what":{"type":"string"},"done":{"type":"integer","default":0},"total":{"anyOf":[{"type":"integer"},{"type":"null"}],"default":null},"id":{"type":"integer","default":0}}},
+  Work: {"type":"object","required":["what","done","total","id"],"properties":{"what":{"type":"string"},"done":{"type":"integer","minimum":0,"maximum":9007199254740992,"default":0},"total":{"anyOf":[{"type":"integer","minimum":0,"maximum":9007199254740992},{"type":"null"}],"default":null},"id":{"type":"integer","minimum":0,"maximum":9007199254740992,"default":0}}},
   Answer: {"type":"object","required":["ok","text","kind","link","code","notes","details"],"properties":{"ok":{"type":"boolean"},"text":{"type":"string"},"kind":{"type":"string","default":""},"link":{"type":"string","default":""},"code":{"type":"string","default":""},"notes":{"type":"array","items":{"type":"string"},"default":[]},"details":{"type":"string","default":""}}}
 } as const;
