@@ -35,6 +35,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.demo, pytest.mark.slow]
 SECONDS = 60  # for anything to happen, on a machine that does something else as well
 STATE = "inferkit/api/state"
 BUNDLE_LIMIT = 300_000  # bytes
+PLOTLY = "application/vnd.plotly.v1+json"
 TinyModel = Callable[[str], Path]
 
 LONG = "gen = model.generate('Once upon a time', max_tokens=2000, ignore_eos=True)"
@@ -906,6 +907,52 @@ def test_fifty_kernels_are_shown_and_can_be_filtered(
         for path in made:
             path.unlink()
     expect(sidebar.kernels).to_have_count(2)
+
+
+def test_outputs_of_a_panel_get_into_a_page_that_was_loaded_after_its_cell_ran(
+    browser: Browser, served: Lab, tiny_model: TinyModel
+) -> None:
+    load = f"import inferkit as ik\nmodel = ik.load({str(tiny_model('llama'))!r}, name='tiny')"
+    name = served.write("kept.ipynb", f"{load}\npanel = ik.Panel()\npanel")
+    tab = open_notebook(browser, served, name)
+    panel = tab.page.locator(".inferkit-panel")
+    prompt = panel.locator("textarea.ik-prompt")
+
+    def send(text: str) -> None:
+        prompt.fill(text)
+        prompt.press("Control+Enter")
+        last = panel.locator(".ik-card").filter(has_text=text)
+        expect(last.locator(".ik-state")).to_have_text(re.compile("length|stop"))
+
+    def kept(kind: str) -> list[str]:
+        """What the saved notebook has of a kind."""
+        tab.save()
+        [cell] = json.loads((served.folder / name).read_text())["cells"]
+        outputs = [output.get("data", {}) for output in cell["outputs"]]
+        return ["".join(data[kind]) for data in outputs if kind in data]
+
+    def wait_until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SECONDS
+        while not done():
+            assert time.monotonic() < deadline, "the notebook does not have it"
+            time.sleep(0.5)
+
+    tab.run(0)
+    send("before")
+    expect.set_options(timeout=1000 * SECONDS)
+    tab.save()
+    tab.page.reload()
+    tab.wait_until_ready()
+    panel.locator(".ik-plot canvas").first.wait_for()
+    send("after")
+    wait_until(lambda: any(">after<" in html for html in kept("text/html")))
+    assert len([html for html in kept("text/html") if "data-inferkit" in html]) == 1
+    assert len(kept("image/svg+xml")) == 1
+    for count in (1, 2):
+        panel.locator("button:text-is('Keep figure')").click()
+        wait_until(lambda count=count: len(kept(PLOTLY)) == count)
+    tab.page.evaluate(f"{KERNEL}.shutdown()")
+    tab.close()
 
 
 def test_the_browsers_console_has_no_error(sidebar: Sidebar) -> None:

@@ -393,6 +393,16 @@ def test_control_enter_at_the_model_sends_and_loads_nothing(empty: PanelView) ->
     expect(empty.about).to_contain_text("No model is loaded")
 
 
+def test_what_a_prompt_lacked_is_forgotten_with_the_next_load(empty: PanelView) -> None:
+    empty.input("Prompt").press("Control+Enter")
+    expect(empty.wrong("Prompt")).to_have_text("Load a model first.")
+    empty.fill({"Model": "/no/such/model"})
+    empty.button("Load").click()
+    expect(empty.failure).to_be_visible()
+    expect(empty.wrong("Prompt")).to_be_hidden()
+    empty.button("Dismiss").click()
+
+
 def test_what_is_typed_and_chosen_stays_while_the_kernel_is_slow(panel: PanelView) -> None:
     tab, box = panel.tab, panel.input("Prompt")
     box.fill("Hello")
@@ -863,12 +873,18 @@ def test_a_panel_whose_kernel_was_restarted_says_so(notebook: Callable[..., Tab]
     [card] = panel.sent(panel.press_send)
     card.wait_for_end()
     text = card.text
+    panel.fill({"Max tokens": "2000", "Ignore end token": True})
+    [running] = panel.sent(panel.press_send)
+    expect(running.state).to_have_text("running")
     tab.start("notebook:restart-kernel")
     tab.page.locator(".jp-Dialog .jp-mod-accept").click()
     link = panel.root.locator(".ik-link")
     expect(link).to_contain_text("The kernel was restarted or shut down")
     expect(link).to_contain_text("Run its cell again for a new one")
     assert card.text == text
+    expect(card.state).to_have_text("length")
+    expect(running.state).to_have_text("lost")  # and nothing goes on
+    expect(panel.root.locator(".ik-now")).to_contain_text("0 running, 0 waiting")
     for name in ("Load", "Unload", "Send", "Send copies", "Stop", "Keep figure"):
         expect(panel.button(name)).to_have_attribute("aria-disabled", "true")
     tab.wait_until_idle()

@@ -7,9 +7,11 @@ browser go::
     {type: "update", whole, now, tables: [{name, reset}], marks, requests}    buffers: the rows
     {type: "state", parts}     of the panel, see panel.py
     {type: "beat", now}        every other second where no update is sent
+    {type: "output", place, mark}    of what was put under the cell, see `_publish`
 
 and from it come ``{type: "hello"}``, which is answered by an update with all that there is;
-``{type: "watch"}``, without which nothing is sent after a while; and the panel's ``act``.
+``{type: "watch"}``, without which nothing is sent after a while; ``{type: "output", place}``, which
+is answered by that output; and the panel's ``act``.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class LivePlot(anywidget.AnyWidget):
         self._was_busy = False
         self._counted = 0  # requests of the runs that have been summed up
         self._still_of: tuple[int, ...] = ()
+        self._outputs: dict[str, dict[str, Any]] = {}  # what is under the cell, by its place
         self._shell: Any = None  # that tells of the ends of cells
         super().__init__(_slot=uuid.uuid4().hex[:12], **traits)
         if model is not None:
@@ -129,8 +132,7 @@ class LivePlot(anywidget.AnyWidget):
         _take_the_cell(self)
         data, metadata = self._repr_mimebundle_() or ({}, {})
         show(data | _fallback(name), metadata=metadata)
-        for slot, bundle in self._still().items():
-            show(bundle, display_id=slot)
+        self._publish_still(update=False)
         self._start()
 
     def _still(self) -> dict[str, Bundle]:
@@ -157,8 +159,42 @@ class LivePlot(anywidget.AnyWidget):
         happened = (self._feed.count, len(self._feed.live), len(self._feed.marks))
         if happened != self._still_of:
             self._still_of = happened
-            for slot, bundle in self._still().items():
-                show(bundle, display_id=slot, update=True)
+            self._publish_still(update=True)
+
+    def _publish_still(self, update: bool) -> None:
+        for slot, bundle in self._still().items():
+            self._publish(slot, lambda s=slot, b=bundle: show(b, display_id=s, update=update))
+
+    def _publish(self, place: str, work: Callable[[], Any]) -> None:
+        """Do what makes an output, so that it also gets into a page that was loaded again since.
+
+        Jupyter hands an output to the page that ran the cell, and drops what comes for a cell that
+        ran before the page was loaded. So the output gets a mark, of which the views are told; the
+        JupyterLab extension looks for it, and if it is missing asks for the output and puts it into
+        the notebook itself.
+        """
+        mark = uuid.uuid4().hex
+
+        def note(message: dict[str, Any]) -> dict[str, Any]:
+            content = message["content"]
+            content["metadata"] = {
+                **content["metadata"],
+                "inferkit": {"place": place, "mark": mark},
+            }
+            self._outputs[place] = {key: content[key] for key in ("data", "metadata")}
+            return message
+
+        publisher = getattr(get_ipython(), "display_pub", None)
+        if not hasattr(publisher, "register_hook"):  # no kernel
+            work()
+            return
+        publisher.register_hook(note)  # for this thread alone
+        try:
+            work()
+        finally:
+            publisher.unregister_hook(note)
+        if self._watched_until:
+            self.send({"type": "output", "place": place, "mark": mark})
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -282,6 +318,9 @@ class LivePlot(anywidget.AnyWidget):
         self._watched_until = now + _WATCHED
         if message.get("type") == "act":
             self._act(message)
+        elif message.get("type") == "output" and message.get("place") in self._outputs:
+            output = self._outputs[message["place"]]
+            self.send({"type": "output", **output["metadata"]["inferkit"], "output": output})
         self._start()
         if self._behind:
             self._wake.set()

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from inferkit import progress
@@ -300,7 +301,7 @@ class Panel(LivePlot):
     def _load(self, typed: dict[str, Any]) -> None:
         from inferkit.registry import load
 
-        self._forget_errors(*_LOADED_WITH)
+        self._forget_errors(*_LOADED_WITH, "prompt")
         options = form.load_options(typed)
         self._put("failure", None)
         if self._named_model(typed) is not None:
@@ -385,8 +386,9 @@ class Panel(LivePlot):
         """Show the figure under the cell that shows the panel."""
         from IPython.display import display
 
-        figure = self.plot()
-        self._in_its_cell(lambda: display(figure))  # type: ignore[no-untyped-call]
+        figure, place = self.plot(), f"{self._slot}-figure"
+        show = partial(display, figure)
+        self._in_its_cell(lambda: self._publish(place, show))
 
     # -- work in the background -----------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import { IStatusBar } from '@jupyterlab/statusbar';
 import type { JSONObject } from '@lumino/coreutils';
 import { act } from './actions';
 import { commandIds, inferenceIcon, launcherIcon } from './names';
+import { keepOutputs } from './outputs';
 import { promptCells } from './prompts';
 import type { Answer, Kernel } from './schema';
 import { fetchState } from './server';
@@ -84,6 +85,7 @@ function activate(
   settings: ISettingRegistry | null
 ): void {
   const { commands, serviceManager, shell } = app;
+  keepOutputs(tracker);
   const watch = new Watch(() => fetchState(serviceManager.serverSettings));
   const tabs = new WidgetTracker<PanelTab>({ namespace: 'inferkit-panels' });
 

@@ -130,7 +130,11 @@ function Latency({
 }): JSX.Element {
   const drawn = model.history && spark(model.history, now, WIDTH, HEIGHT);
   const facts: [string, string, string][] = [
-    ['ITL ms', figure(model.itl), 'Median gap between tokens in the last 10 s with any, in this mode'],
+    [
+      'ITL ms',
+      figure(model.itl),
+      'Median gap between tokens in the last 10 s with any, in this mode'
+    ],
     ['p99 ms', figure(model.itl_p99), '99th percentile of these gaps'],
     [
       'TTFT ms',

@@ -28,6 +28,17 @@ function hideStill(id) {
   return () => style.remove();
 }
 
+// A page that was loaded after the cell had run gets no outputs of it from Jupyter. The JupyterLab
+// extension hears this, and puts into the notebook what it lacks.
+function passOnOutputs(store, root) {
+  return store.listen((what, message) => {
+    if (what !== "output") return;
+    const { place, mark, output } = message;
+    const ask = () => store.ask(place);
+    document.dispatchEvent(new CustomEvent("inferkit-output", { detail: { root, place, mark, output, ask } }));
+  });
+}
+
 export default () => {
   let store;
   return {
@@ -41,7 +52,7 @@ export default () => {
       // It also takes a new line and an undo from text boxes in a cell's output, at the box itself.
       root.addEventListener("beforeinput", (event) => event.stopPropagation(), true);
       el.append(root);
-      const ends = [view(store, root), hideStill(model.get("_slot"))];
+      const ends = [view(store, root), passOnOutputs(store, root), hideStill(model.get("_slot"))];
       return () => ends.forEach((end) => end());
     },
   };

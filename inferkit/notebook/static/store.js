@@ -6,8 +6,9 @@
 const COLUMNS = { tokens: 3, firsts: 3, levels: 3, steps: 7 };
 const WATCH_EVERY = 10_000; // ms; the kernel stops to send some time after the last one
 const SILENT_AFTER = 8_000; // ms; it says something every two seconds
+const OUTPUT_AFTER = 1_000; // ms
 const ENDED_KEPT = 200;
-const OVER = new Set(["stop", "length", "cancelled", "error"]); // statuses of a request
+const OVER = new Set(["stop", "length", "cancelled", "error", "lost"]); // statuses of a request
 
 const emptyTable = (width) => Array.from({ length: width }, () => []);
 
@@ -69,6 +70,8 @@ function createStore(model) {
   }
 
   const receive = {
+    // The page that ran the cell has the output by then: see live.py.
+    output: (message) => void setTimeout(() => tell("output", message), message.output ? 0 : OUTPUT_AFTER),
     state(message) {
       Object.assign(store.parts, message.parts);
       tell("parts", Object.keys(message.parts));
@@ -112,8 +115,15 @@ function createStore(model) {
     tell("link");
   }
 
+  // With the kernel went whatever it was at.
   function left() {
+    if (store.gone) return;
     store.gone = true;
+    for (const request of store.requests.values()) {
+      if (!OVER.has(request.status)) Object.assign(request, { status: "lost", version: request.version + 1 });
+    }
+    if (store.now) beNow({ ...store.now, rate: 0, running: 0, waiting: 0 });
+    tell("update");
     lost("The kernel was restarted or shut down");
   }
 
@@ -156,6 +166,7 @@ function createStore(model) {
       }
     };
   };
+  store.ask = (place) => send({ type: "output", place });
   store.act = (name, details = {}) => send({ type: "act", name, ...details });
   store.close = () => {
     clearInterval(timer);
