@@ -228,6 +228,20 @@ def test_numbers_for_which_there_is_no_memory_are_damaged(monkeypatch: pytest.Mo
         files.unpack(files.Packed(40, "AA=="))
 
 
+def test_text_that_is_no_utf_8_is_damaged(path: Path) -> None:
+    path.write_bytes(b'{"format": "inferkit-experiment", "name": "Th\xe9 moon"}')
+    with pytest.raises(ik.ExperimentError, match="damaged"):
+        ik.open(path)
+    path.unlink()
+    lines = journal(path)
+    whole = beside(path).read_bytes()
+    beside(path).write_bytes(whole + b'{"type": "tokens", "request": 0, "facts": {"x": "\xe9"}}\n')
+    assert len(ik.open(path).file.requests) == len(lines) - 1
+    beside(path).write_bytes(whole.replace(b'"name":"', b'"name":"\xe9', 1))
+    with pytest.raises(ik.ExperimentError, match="no beginning"):
+        ik.open(path)
+
+
 def test_json_that_is_nested_too_deep_is_damaged(path: Path) -> None:
     deep = "[" * 100_000 + "]" * 100_000
     path.write_text(f'{{"format": "inferkit-experiment", "x": {deep}}}', encoding="utf-8")

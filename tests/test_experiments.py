@@ -890,6 +890,32 @@ def test_a_difference_that_rounding_makes_is_told_from_one_that_it_does_not(
     assert found.verdict.startswith("Reproduced up to rounding")
 
 
+def test_what_runs_the_same_way_again_rounds_the_same_way(
+    path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rounding.ROUNDING, "float32", 1e6)
+    with ik.record("alone", path=path, progress=False):
+        model.generate(PROMPTS, **OPTIONS)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    ids = list(ik.open(path).generations[0].token_ids)
+    data["requests"][0]["token_ids"] = [(ids[0] + 1) % 100, *ids[1:]]
+
+    def replayed(**changes: Any) -> ik.Replay:
+        path.write_text(json.dumps({**data, **changes}), encoding="utf-8")
+        return ik.replay(path, progress=False)
+
+    found = replayed()
+    assert not found.ok
+    assert "nothing rounds otherwise here; the same settings" in found.outcomes[0].reason
+    packages = {**data["environment"]["packages"], "torch": "2.0"}
+    found = replayed(environment={**data["environment"], "packages": packages})
+    assert found.ok
+    assert "rounding decides; other torch" in found.outcomes[0].reason
+    one, *others = data["requests"]
+    later = [{**other, "arrival": other["arrival"] + 1} for other in others]
+    assert replayed(requests=[one, *later]).ok  # for then it may have joined another batch
+
+
 def test_the_verdict_says_of_times_what_the_difference_says(model: ik.Model, path: Path) -> None:
     with ik.record("few", path=path, progress=False):
         model.generate(PROMPTS, **OPTIONS)
@@ -1328,6 +1354,16 @@ def test_other_sampling_than_was_recorded_is_no_rounding(demo_model_path: Path, 
     ]
     options = {"context": 64, "max_batch": 4, "compile": False}
     with ik.load(demo_model_path, **options, progress=False) as model:
+        cold = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 24}
+        with ik.record("nearly greedy", path=path, progress=False):
+            model.generate([*prompts, "The best thing about rain is"], seed=1, **cold)
+        assert ik.replay(path, progress=False).exact
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for one in data["requests"]:
+            one["seed"] = one["params"]["seed"] = 0
+        path.write_text(json.dumps(data), encoding="utf-8")
+        assert ik.replay(path, progress=False).verdict.startswith("Differs")
+        path.unlink()
         with ik.record("drawn", path=path, progress=False):
             for seed in range(4):
                 model.generate(prompts, seed=seed, **sampling)

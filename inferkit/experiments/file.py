@@ -468,6 +468,10 @@ def public_name(name: str, *, local: bool = False) -> str:
 # -- its bytes ------------------------------------------------------------------------------------
 
 
+# What is nested deeply ends Python's stack, and text may be no UTF-8.
+_DAMAGED = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+
+
 def encode(file: ExperimentFile) -> bytes:
     """The bytes of the file: JSON, a line for each request."""
     packed = plain(_with_numbers(file, pack))
@@ -495,7 +499,7 @@ def decode(data: bytes, where: str) -> ExperimentFile:
     """
     try:
         head = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise ExperimentError(
             f"{where} is no JSON, damaged or cut off ({error}). If it is a download, get it again."
         ) from None
@@ -514,7 +518,7 @@ def decode_journal(data: bytes, where: str) -> ExperimentFile:
     for raw in rest:
         try:
             apply(file, decoder.decode(raw))
-        except (msgspec.DecodeError, RecursionError, IndexError, AttributeError, TypeError):
+        except (*_DAMAGED, IndexError, AttributeError, TypeError):
             break
         read += 1
     # After the last line break stands nothing, or what a process that was killed had begun.
@@ -532,7 +536,7 @@ def _beginning(line: bytes, where: str) -> ExperimentFile:
     """The first line of a journal; errors as for `decode`."""
     try:
         began = msgspec.json.decode(line, type=Began)
-    except (msgspec.DecodeError, RecursionError):
+    except _DAMAGED:
         raise ExperimentError(f"{where} has no beginning: nothing of it can be read.") from None
     # Journals of inferkit 0.1.0 do not say these.
     return _converted({"format": FORMAT, "version": 1} | began.file, where)

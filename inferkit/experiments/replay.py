@@ -27,6 +27,7 @@ from inferkit.experiments.schedule import (
     ended_itself,
     parts_of,
     runs_again,
+    shapes_are_certain,
     spans_of,
     what_cut,
 )
@@ -178,6 +179,8 @@ class _Run:
         self._spans = spans_of(self._parts)
         self._sources: dict[int, catalog.Source] = {}
         self._other_files: dict[int, list[str]] = {}  # that are not as recorded
+        self._converted_otherwise: set[int] = set()  # models whose files are the same before that
+        self._eager = False  # though it was compiled
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
         self._judged: dict[int, Judgement | str] = {}  # or why not
@@ -227,6 +230,8 @@ class _Run:
     def _check_files(self, number: int, source: catalog.Source, refuse: bool) -> None:
         entry, found = self.recorded.file.models[number], source.sha256(progress=self._progress)
         other = self._other_files[number] = _other_files(entry, found)
+        if not other and any(found.get(name) != digest for name, digest in entry.files.items()):
+            self._converted_otherwise.add(number)
         if not other:
             return
         said = _how_they_differ(other, found)
@@ -470,6 +475,7 @@ class _Run:
         model.configure(compile="auto" if wanted else False)
         if wanted and not model.compilation.wait(_PATIENCE):
             reason = model.compilation.reason or "it took too long"
+            self._eager = True
             self._note(f"the decode step was compiled in the recording and is not here: {reason}")
 
     def _change_meanwhile(self, mode: ModeEntry) -> None:
@@ -521,9 +527,27 @@ class _Run:
         """Nats that rounding may be wrong by."""
         dtypes = (recorded.settings.dtype, got.settings.dtype)
         limits = [ROUNDING.get(dtype, ROUNDING["bfloat16"]) for dtype in dtypes]
-        if got.settings.quantization != "none" and self._what_differs(one):
-            limits.append(ROUNDING["bfloat16"])  # kernels of several precisions unpack the weights
+        mode = got.settings.quantization
+        if mode != "none" and self._what_differs(one):
+            # Kernels of several precisions unpack the weights.
+            limits.append(ROUNDING["int8" if mode == "int8" else "bfloat16"])
         return max(limits)
+
+    def _repeatable(self, number: int) -> bool:
+        """Whether a request must give the same here to the last bit, if it is the recorded one.
+
+        So it is on the same machine, in the same mode, in passes of the same shapes.
+        """
+        part = next(one for one in self._parts if number in one.numbers)
+        file = self.recorded.file
+        together = [(file.requests[i], self._requests.get(i)) for i in part.numbers]
+        guessed = any(mode.speculative.startswith(DRAFT) for mode in part.before)
+        return (
+            shapes_are_certain(part, file)
+            and not (guessed or self._eager)
+            and not any(self._what_differs(one) for one, _ in together)
+            and all(ran and ran.cached_tokens == one.cached_tokens for one, ran in together)
+        )
 
     def _outcome(self, number: int) -> Outcome:
         one = self.recorded.file.requests[number]
@@ -546,7 +570,7 @@ class _Run:
             kind, reason = ("differs", other) if other else ("equal", _up_to(one))
             return Outcome(number, recorded, got, None, None, kind, reason)
         judged = self._judged.get(number, "one of the two ends here")
-        kind, reason = self._why(one, got, judged)
+        kind, reason = self._why(number, judged)
         gap = None if isinstance(judged, str) else judged.gap
         return Outcome(number, recorded, got, at, gap, kind, reason)
 
@@ -563,18 +587,17 @@ class _Run:
             outcome, kind="interrupted", reason="the replay was interrupted", difference=None
         )
 
-    def _why(self, one: RequestEntry, got: Generation, judged: Judgement | str) -> tuple[str, str]:
+    def _why(self, number: int, judged: Judgement | str) -> tuple[str, str]:
         """What kind of difference it is, and what is likely to be the reason."""
-        others = self._what_differs(one)
+        others = self._what_differs(self.recorded.file.requests[number])
         because = f"; other {', '.join(others)}" if others else "; the same settings and versions"
         if isinstance(judged, str):
             return "differs", f"{judged}{because}"
-        if judged.near:
-            return "rounding", f"{judged.said}: rounding decides{because}"
-        return (
-            "differs",
-            f"{judged.said}, more than rounding in {got.settings.dtype} explains{because}",
-        )
+        if not judged.near:
+            return "differs", f"{judged.said}, more than rounding explains{because}"
+        if self._repeatable(number):
+            return "differs", f"{judged.said}, but nothing rounds otherwise here{because}"
+        return "rounding", f"{judged.said}: rounding decides{because}"
 
     def _what_differs(self, one: RequestEntry) -> list[str]:
         """Of where and how it ran, what is not as in the recording."""
@@ -594,6 +617,7 @@ class _Run:
         }
         return [
             *kinds_of_files(self._other_files.get(one.model, ())),
+            *(["conversion of the weights"] if one.model in self._converted_otherwise else []),
             *(name for name, (a, b) in pairs.items() if a != b),
         ]
 

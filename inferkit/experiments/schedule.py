@@ -8,7 +8,9 @@ from itertools import groupby
 from typing import Any
 
 from inferkit.experiments.experiment import Experiment
-from inferkit.experiments.file import ModeEntry, RequestEntry, unpack
+from inferkit.experiments.file import ExperimentFile, ModeEntry, RequestEntry, unpack
+
+_NOTICED = 2_000_000_000  # ns after which a change of mode is in the recording, at the latest
 
 
 @dataclass
@@ -28,6 +30,11 @@ class Part:
     events: list[tuple[int, list[int] | ModeEntry]] = field(default_factory=list)
     models: set[int] = field(default_factory=set)
     idle: int = 0
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of its requests."""
+        return [i for _, event in self.events if isinstance(event, list) for i in event]
 
 
 def parts_of(recorded: Experiment) -> list[Part]:
@@ -55,6 +62,21 @@ def parts_of(recorded: Experiment) -> list[Part]:
         parts[-1].models.update(one.model for one in requests if runs_again(one))
         busy_until = max(busy_until, *map(_end, requests))
     return parts
+
+
+def shapes_are_certain(part: Part, file: ExperimentFile) -> bool:
+    """Whether its passes have the same shapes whenever it runs in the same modes.
+
+    So they have if its requests came together and came to their ends, and no mode changed, nor was
+    seen to have changed soon afterwards, for one is looked for now and then.
+    """
+    requests = [file.requests[i] for i in part.numbers]
+    end = max(map(_end, requests)) + _NOTICED
+    return (
+        len(part.events) == 1
+        and all(map(ended_itself, requests))
+        and not any(part.begin < mode.time <= end for mode in file.modes)
+    )
 
 
 def spans_of(parts: Sequence[Part]) -> dict[int, range]:
