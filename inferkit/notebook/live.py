@@ -23,6 +23,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -163,7 +164,7 @@ class LivePlot(anywidget.AnyWidget):
 
     def _publish_still(self, update: bool) -> None:
         for slot, bundle in self._still().items():
-            self._publish(slot, lambda s=slot, b=bundle: show(b, display_id=s, update=update))
+            self._publish(slot, partial(show, bundle, display_id=slot, update=update))
 
     def _publish(self, place: str, work: Callable[[], Any]) -> None:
         """Do what makes an output, so that it also gets into a page that was loaded again since.
@@ -184,7 +185,7 @@ class LivePlot(anywidget.AnyWidget):
             self._outputs[place] = {key: content[key] for key in ("data", "metadata")}
             return message
 
-        publisher = getattr(get_ipython(), "display_pub", None)
+        publisher: Any = getattr(get_ipython(), "display_pub", None)
         if not hasattr(publisher, "register_hook"):  # no kernel
             work()
             return
