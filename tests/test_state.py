@@ -515,15 +515,22 @@ def test_what_cannot_be_read_ends_no_thread_and_no_answer(
     assert not status._failed
 
 
-def test_a_slow_model_has_a_rate_of_all_that_came_of_late(model: ik.Model) -> None:
+@pytest.mark.parametrize(("batch", "period"), [(1, 0.02), (1, 0.6), (1, 3), (8, 0.4), (32, 2.5)])
+def test_tokens_per_second_are_right_whatever_the_pace(
+    model: ik.Model, batch: int, period: float
+) -> None:
     meter = _Meter(model, threading.Event())
-    now = time.perf_counter_ns()
-    meter._moments.extend(now - int(ago * 1e9) for ago in (19, 16, 13, 10, 7, 4, 1))
-    assert meter._rate(now) == 0.5  # nothing runs any more
     meter._live[0] = model.submit("Once", max_tokens=1), 0
-    assert meter._rate(now) == pytest.approx(4 / 13, rel=0.01)
-    meter._moments.extend([now] * 8)
-    assert meter._rate(now) == 4.5
+    meter.read()
+    meter._passes.clear()
+    for number in range(12):
+        came = int((100 + number * period) * 1e9)
+        meter._passes[came] = batch
+        meter._forget_old(came)
+        for later in (0, period / 2, period * 0.99):
+            rate = meter._rate(came + int(later * 1e9))
+            if number:
+                assert rate == pytest.approx(batch / period, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -531,18 +538,29 @@ def test_a_slow_model_has_a_rate_of_all_that_came_of_late(model: ik.Model) -> No
     [
         [0, 9, 9.3, 9.6],
         [*(i / 100 for i in range(100)), 1.6, 2.2, 2.8, 3.4],
+        [0, 1.5, *(1.6 + i / 50 for i in range(20))],
         [i * 0.02 for i in range(200)],
         [0, 0, 0, 0, 0, 0, 1.9],
         [5.0],
     ],
 )
-def test_without_a_token_the_rate_never_rises(model: ik.Model, came: list[float]) -> None:
+@pytest.mark.parametrize("runs", [True, False])
+def test_without_a_token_the_rate_never_rises(
+    model: ik.Model, came: list[float], runs: bool
+) -> None:
     meter = _Meter(model, threading.Event())
+    rates = []
     meter._live[0] = model.submit("Once", max_tokens=1), 0
-    meter._moments.extend(int(moment * 1e9) for moment in came)
-    rates = [meter._rate(int((came[-1] + late / 10) * 1e9)) for late in range(150)]
+    meter._passes.update(int(moment * 1e9) for moment in came)
+    for late in range(150):
+        if late == 5 and not runs:
+            meter._live.clear()
+        now = int((came[-1] + late / 10) * 1e9)
+        meter._forget_old(now)
+        rates.append(meter._rate(now))
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 0
+    assert (rates[-1] > 0) == runs
 
 
 def test_latency_is_of_the_mode_that_is_shown(status: Status, model: ik.Model) -> None:
@@ -560,22 +578,23 @@ def test_latency_is_of_the_mode_that_is_shown(status: Status, model: ik.Model) -
     assert shown.ttft == pytest.approx(1e3 * gen.latency.ttft, abs=0.01)
 
 
+def test_latency_under_another_policy_is_not_shown(model: ik.Model) -> None:
+    meter = _Meter(model, threading.Event())
+    model.generate("Once", max_tokens=20, ignore_eos=True)
+    model.configure(batching="off")
+    meter.read()
+    assert (meter.state().batching, meter.state().itl, meter.state().ttft) == ("off", None, None)
+    gen = model.generate("Once", max_tokens=2, ignore_eos=True)
+    meter.read()
+    assert meter.state().itl == pytest.approx(1e3 * gen.latency.itl[0], abs=0.01)
+
+
 def test_gaps_pass_away(status: Status, model: ik.Model) -> None:
     meter = _Meter(model, threading.Event())
+    meter.read()
     meter._gaps.extend((int(at * 1e9), at) for at in (1, 2, 3, 12.5))
     meter.read()
     assert [gap for _, gap in meter._gaps] == [3, 12.5]
-
-
-def test_a_model_that_gives_nothing_more_becomes_slower(model: ik.Model) -> None:
-    meter = _Meter(model, threading.Event())
-    meter._live[0] = model.submit("Once", max_tokens=1), 0
-    meter._moments.extend(i * 20_000_000 for i in range(200))
-    last = meter._moments[-1]
-    rates = [meter._rate(last + int(silent * 1e9)) for silent in (0.1, 1.0, 1.9, 1.95, 5, 8)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == pytest.approx(47.5, rel=0.05)
-    assert rates[-1] == pytest.approx(4 / 8.08, rel=0.01)
 
 
 def test_a_file_that_was_lost_is_written_again(status: Status, runtime: Path) -> None:

@@ -536,7 +536,8 @@ class _Run:
     def _repeatable(self, number: int) -> bool:
         """Whether a request must give the same here to the last bit, if it is the recorded one.
 
-        So it is on the same machine, in the same mode, in passes of the same shapes.
+        So it is on the same machine, in the same mode, in passes of the same shapes, where none of
+        its batch found keys and values of earlier passes, which may have had others.
         """
         part = next(one for one in self._parts if number in one.numbers)
         file = self.recorded.file
@@ -546,7 +547,7 @@ class _Run:
             shapes_are_certain(part, file)
             and not (guessed or self._eager)
             and not any(self._what_differs(one) for one, _ in together)
-            and all(ran and ran.cached_tokens == one.cached_tokens for one, ran in together)
+            and all(ran and ran.cached_tokens == one.cached_tokens == 0 for one, ran in together)
         )
 
     def _outcome(self, number: int) -> Outcome:

@@ -12,11 +12,10 @@ import os
 import sys
 import threading
 import time
-from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ _log = logging.getLogger("inferkit")
 _BUSY, _IDLE = 1.0, 3.0  # seconds between two looks
 _STEP, _STEPS = 1.0, 60  # of the history
 _RATE = 2.0  # seconds that tokens per second are counted over...
-_FEW = 4  # ...or where these have no more tokens, so many gaps
+_FEW = 5  # ...or where these have fewer passes, the last so many
 _LATE = 10.0  # seconds up to the latest token, whose gaps the quantiles are of
 
 
@@ -72,7 +71,7 @@ class _Meter:
         self._mode: Settings | None = None  # that gaps and TTFT are of
         self._gaps: deque[tuple[int, float]] = deque()
         self._ttft: float | None = None
-        self._moments: list[int] = []  # of the tokens of late, in order
+        self._passes: Counter[int] = Counter()  # tokens of the passes of late, by their moments
         self._epoch = time.time_ns() - time.perf_counter_ns()
         engine = model._engine
         engine.on_submit.append(self._submitted)
@@ -81,7 +80,7 @@ class _Meter:
     @property
     def busy(self) -> bool:
         """Whether numbers change by themselves."""
-        return bool(self._new or self._live or self._moments)
+        return bool(self._new or self._live or self._passes)
 
     def _submitted(self, requests: Sequence[Request]) -> None:
         """Called by whoever submits, so it only takes note."""
@@ -93,41 +92,43 @@ class _Meter:
         while self._new:
             request = self._new.popleft()
             self._live.setdefault(request.id, (request, 0))
-        now = self.model._engine.settings()
+        mode = self.model._engine.settings()
+        if mode != self._mode:
+            self._gaps.clear()
+            self._mode, self._ttft = mode, None
         for key, (request, seen) in list(self._live.items()):
             over = request.done  # before its tokens, so that none comes afterwards
             times = request.times_since(max(0, seen - 1))
-            if len(times) > (seen > 0):
-                # What runs is under the policy of now, whatever it began with.
-                self._begin(replace(request.settings, batching=now.batching))
+            counts = request.settings == mode
             if seen == 0 and times:
-                self._ttft = (times[0] - request.arrival) * 1e-6
-                self._bucket(times[0]).firsts.append(self._ttft)
+                ttft = (times[0] - request.arrival) * 1e-6
+                self._ttft = ttft if counts else self._ttft
+                self._bucket(times[0]).firsts.append(ttft)
                 self._count(times[0])
             for early, late in pairwise(times):
                 self._count(late)
                 if late > early:  # the tokens of one pass come together, with one gap before them
                     gap = (late - early) * 1e-6
-                    self._gaps.append((late, gap))
+                    if counts:
+                        self._gaps.append((late, gap))
                     self._bucket(late).gaps.append(gap)
             if over:
                 del self._live[key]
             else:
                 self._live[key] = (request, seen + len(times) - (seen > 0))
-        begin = time.perf_counter_ns() - int(_RATE * 1e9)
-        self._moments.sort()  # for requests are read one after the other
-        kept = len(self._moments) - bisect_left(self._moments, begin)
-        kept = max(kept, _FEW + 1 if self._live else 0)
-        self._moments = self._moments[-kept:] if kept else []
+        self._forget_old(time.perf_counter_ns())
+
+    def _forget_old(self, now: int) -> None:
+        moments = sorted(self._passes)
+        if moments and not self._live and now - moments[-1] > _RATE * 1e9:
+            self._passes.clear()
+        # Up to the latest one, not to now: in a stall what is counted stays the same.
+        for moment in moments[:-_FEW]:
+            if moment < moments[-1] - _RATE * 1e9:
+                del self._passes[moment]
         latest = max((moment for moment, _ in self._gaps), default=0)
         while self._gaps and self._gaps[0][0] < latest - _LATE * 1e9:
             self._gaps.popleft()
-
-    def _begin(self, mode: Settings) -> None:
-        """Forget the latency of another mode."""
-        if mode != self._mode:
-            self._gaps.clear()
-            self._mode, self._ttft = mode, None
 
     def state(self) -> ModelState:
         """What there is to say of the model.
@@ -166,12 +167,14 @@ class _Meter:
         )
 
     def _rate(self, now: int) -> float:
-        latest = self._moments[-_FEW - 1 :]
-        if self._live and latest and now - latest[0] > _RATE * 1e9:
-            # The gaps between the latest, with the one that goes on. In a stall it falls steadily,
-            # and where it takes the place of the count it is less than that.
-            return (len(latest) - 1) / (now - latest[0]) * 1e9
-        return sum(moment >= now - _RATE * 1e9 for moment in self._moments) / _RATE
+        if not self._passes:
+            return 0.0
+        first, *others = sorted(self._passes)
+        if not others:
+            return self._passes[first] / max(_RATE, (now - first) * 1e-9)
+        tokens = sum(self._passes[moment] for moment in others)
+        # The pass that goes on takes as long as it does by now, at least, and is like the others.
+        return tokens / max(others[-1] - first, len(others) * (now - others[-1])) * 1e9
 
     def _history(self) -> History | None:
         last = int((time.perf_counter_ns() + self._epoch) * 1e-9 / _STEP)
@@ -191,7 +194,7 @@ class _Meter:
 
     def _count(self, moment: int) -> None:
         """A token came."""
-        self._moments.append(moment)
+        self._passes[moment] += 1
         self._bucket(moment).tokens += 1
 
     def _bucket(self, moment: int) -> _Bucket:

@@ -10,7 +10,7 @@ browser go::
     {type: "output", place, mark}    of what was put under the cell, see `_publish`
 
 and from it come ``{type: "hello"}``, which is answered by an update with all that there is;
-``{type: "watch"}``, without which nothing is sent after a while; ``{type: "output", place}``, which
+``{type: "watch"}``, without which nothing is sent after a while; ``{type: "output", mark}``, which
 is answered by that output; and the panel's ``act``.
 """
 
@@ -41,9 +41,13 @@ if TYPE_CHECKING:
     from inferkit.generation import Generations
     from inferkit.model import Model
 
+FIGURE = "-figure"
+"""How the places of outputs end that are no picture of the present state."""
+
 INTERVAL = 0.1
 """Seconds between two messages, at least."""
 
+_OUTPUTS = 16  # that a page may still ask for
 _BEAT = 2.0  # seconds; the browser misses it after some more
 _WATCHED = 30.0  # seconds that somebody who said so is taken to look on
 _IDLE = 0.5  # seconds between two looks at a model that does nothing
@@ -83,7 +87,7 @@ class LivePlot(anywidget.AnyWidget):
         self._was_busy = False
         self._counted = 0  # requests of the runs that have been summed up
         self._still_of: tuple[int, ...] = ()
-        self._outputs: dict[str, dict[str, Any]] = {}  # what is under the cell, by its place
+        self._outputs: dict[str, dict[str, Any]] = {}  # what was put under the cell, by its mark
         self._shell: Any = None  # that tells of the ends of cells
         super().__init__(_slot=uuid.uuid4().hex[:12], **traits)
         if model is not None:
@@ -182,7 +186,9 @@ class LivePlot(anywidget.AnyWidget):
                 **content["metadata"],
                 "inferkit": {"place": place, "mark": mark},
             }
-            self._outputs[place] = {key: content[key] for key in ("data", "metadata")}
+            self._outputs[mark] = {key: content[key] for key in ("data", "metadata")}
+            for old in list(self._outputs)[:-_OUTPUTS]:
+                del self._outputs[old]
             return message
 
         publisher: Any = getattr(get_ipython(), "display_pub", None)
@@ -195,7 +201,12 @@ class LivePlot(anywidget.AnyWidget):
         finally:
             publisher.unregister_hook(note)
         if self._watched_until:
-            self.send({"type": "output", "place": place, "mark": mark})
+            self._tell_of_output(mark)
+
+    def _tell_of_output(self, mark: str, whole: bool = False) -> None:
+        output = self._outputs[mark]
+        told = {"type": "output", **output["metadata"]["inferkit"]}
+        self.send(told | {"output": output} if whole else told)
 
     # -- the thread -----------------------------------------------------------------------------
 
@@ -319,9 +330,14 @@ class LivePlot(anywidget.AnyWidget):
         self._watched_until = now + _WATCHED
         if message.get("type") == "act":
             self._act(message)
-        elif message.get("type") == "output" and message.get("place") in self._outputs:
-            output = self._outputs[message["place"]]
-            self.send({"type": "output", **output["metadata"]["inferkit"], "output": output})
+        elif message.get("type") == "output" and message.get("mark") in self._outputs:
+            self._tell_of_output(message["mark"], whole=True)
+        elif message.get("type") == "hello":  # what came while no page was there
+            outputs = dict(self._outputs)  # which another thread adds to
+            latest = {o["metadata"]["inferkit"]["place"]: mark for mark, o in outputs.items()}
+            for place, mark in latest.items():
+                if not place.endswith(FIGURE):  # one that was removed must not come again
+                    self._tell_of_output(mark)
         self._start()
         if self._behind:
             self._wake.set()

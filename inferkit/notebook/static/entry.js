@@ -34,7 +34,7 @@ function passOnOutputs(store, root) {
   return store.listen((what, message) => {
     if (what !== "output") return;
     const { place, mark, output } = message;
-    const ask = () => store.ask(place);
+    const ask = () => store.ask(mark);
     document.dispatchEvent(new CustomEvent("inferkit-output", { detail: { root, place, mark, output, ask } }));
   });
 }

@@ -166,7 +166,7 @@ function createStore(model) {
       }
     };
   };
-  store.ask = (place) => send({ type: "output", place });
+  store.ask = (mark) => send({ type: "output", mark });
   store.act = (name, details = {}) => send({ type: "act", name, ...details });
   store.close = () => {
     clearInterval(timer);
