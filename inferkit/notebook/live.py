@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from inferkit.generation import Generations
     from inferkit.model import Model
 
-FIGURE = "-figure"
-"""How the places of outputs end that are no picture of the present state."""
-
 INTERVAL = 0.1
 """Seconds between two messages, at least."""
 
@@ -168,17 +165,19 @@ class LivePlot(anywidget.AnyWidget):
 
     def _publish_still(self, update: bool) -> None:
         for slot, bundle in self._still().items():
-            self._publish(slot, partial(show, bundle, display_id=slot, update=update))
+            self._publish(partial(show, bundle, display_id=slot, update=update), slot)
 
-    def _publish(self, place: str, work: Callable[[], Any]) -> None:
+    def _publish(self, work: Callable[[], Any], place: str = "") -> None:
         """Do what makes an output, so that it also gets into a page that was loaded again since.
 
         Jupyter hands an output to the page that ran the cell, and drops what comes for a cell that
         ran before the page was loaded. So the output gets a mark, of which the views are told; the
         JupyterLab extension looks for it, and if it is missing asks for the output and puts it into
-        the notebook itself.
+        the notebook itself, instead of an earlier one of the same place. What names no place has
+        one of its own.
         """
         mark = uuid.uuid4().hex
+        place = place or mark
 
         def note(message: dict[str, Any]) -> dict[str, Any]:
             content = message["content"]
@@ -336,7 +335,7 @@ class LivePlot(anywidget.AnyWidget):
             outputs = dict(self._outputs)  # which another thread adds to
             latest = {o["metadata"]["inferkit"]["place"]: mark for mark, o in outputs.items()}
             for place, mark in latest.items():
-                if not place.endswith(FIGURE):  # one that was removed must not come again
+                if place != mark:  # a figure that was removed must not come again
                     self._tell_of_output(mark)
         self._start()
         if self._behind:

@@ -33,7 +33,7 @@ from inferkit.notebook.completion import loaded_models, loaded_names
 from inferkit.notebook.facts import model_facts, modes, run_summary
 from inferkit.notebook.feed import origin
 from inferkit.notebook.form import FormError
-from inferkit.notebook.live import FIGURE, LivePlot, check_model
+from inferkit.notebook.live import LivePlot, check_model
 from inferkit.notebook.sending import submit
 from inferkit.notebook.worker import Worker
 
@@ -386,9 +386,8 @@ class Panel(LivePlot):
         """Show the figure under the cell that shows the panel."""
         from IPython.display import display
 
-        figure, place = self.plot(), self._slot + FIGURE
-        show = partial(display, figure)
-        self._in_its_cell(lambda: self._publish(place, show))
+        show = partial(display, self.plot())
+        self._in_its_cell(lambda: self._publish(show))
 
     # -- work in the background -----------------------------------------------------------------
 

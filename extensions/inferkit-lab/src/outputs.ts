@@ -6,7 +6,7 @@ import type { PartialJSONObject } from '@lumino/coreutils';
 export interface Told {
   /** The view's element. */
   readonly root: Node;
-  /** Which output it is; a later one of the same place replaces it, figures excepted. */
+  /** Which output it is; a later one of the same place replaces it. */
   readonly place: string;
   /** What tells it from an earlier one of its place. */
   readonly mark: string;
@@ -52,7 +52,7 @@ function take(tracker: INotebookTracker, told: Told): void {
   }
   const output = { output_type: 'display_data', ...told.output };
   const [former] = found;
-  if (former && !told.place.endsWith('-figure')) {
+  if (former) {
     former.outputs.set(former.index, output);
   } else {
     outputsOf(shown)?.add(output);
