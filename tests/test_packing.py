@@ -43,7 +43,9 @@ def test_products_are_the_plain_layers_ones(rows: int, columns: int, bias: bool)
 @needs_packing
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_size_is_as_predicted(rows: int, columns: int) -> None:
-    assert PackedLinear(layer(rows, columns)).packed_bytes == packed_bytes(rows, columns)
+    packed, predicted = PackedLinear(layer(rows, columns)), packed_bytes(rows, columns)
+    # Kernels of our own leave out up to 30 columns of oneDNN's last block.
+    assert packed.packed_bytes == predicted or (packed.own and packed.packed_bytes < predicted)
 
 
 @needs_packing

@@ -4,9 +4,10 @@ The query heads that share a KV head are folded into the query length, so that k
 read as they lie in the cache instead of being repeated for every head. On CPU this is several times
 faster than repeating them or than ``enable_gqa`` (see benchmarks/README.md).
 
-There a prompt's tokens are read some at a time, each lot against the span of positions that it may
-see, which for causal attention is half of them; and where the processor multiplies bf16, scores and
-their sums are plain products, for its fused kernel reaches a quarter of their speed.
+Where :mod:`inferkit.kernels` can be had, it does the work. Else a prompt's tokens are read some at
+a time on a CPU, each lot against the span of positions that it may see, which for causal attention
+is half of them; and where the processor multiplies bf16, scores and their sums are plain products,
+for torch's fused kernel reaches a quarter of their speed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
 
+from inferkit import kernels
 from inferkit.demand import LOT
 from inferkit.devices import cpu_has_bf16
 
@@ -57,8 +59,13 @@ def attention(
     Returns:
         [rows, tokens, heads, value dim], and no attention weights.
     """
+    rows, heads, tokens, dim = query.shape
+    if attention_mask is not None and in_one(query, key, value, attention_mask):
+        scale = dim**-0.5 if scaling is None else scaling
+        operands = (_dense(t) for t in (query, key, value, attention_mask))
+        out = torch.ops.inferkit.masked_attention(*operands, scale, softcap or 0.0, s_aux)
+        return out, None
     options = (scaling, softcap, s_aux)
-    rows, heads, tokens = query.shape[:3]
     if query.device.type != "cpu" or tokens <= _FEW or attention_mask is None:
         out = _attend(query, key, value, attention_mask, *options)
         return out.transpose(1, 2).contiguous(), None
@@ -68,6 +75,16 @@ def attention(
         out = _attend(query[:, :, lot], key[:, :, seen], value[:, :, seen], mask, *options)
         made[:, lot] = out.transpose(1, 2)
     return made, None
+
+
+def in_one(*tensors: torch.Tensor) -> bool:
+    """Whether attention over queries, keys, values and a mask is one operation for any shapes."""
+    return tensors[0].shape[-1] % 2 == 0 and kernels.serves(*tensors)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """With its last dimension in one piece."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _lots(mask: torch.Tensor, rows: int) -> list[tuple[slice, slice]]:

@@ -40,7 +40,7 @@ class View:
     """Which rows one forward pass works on, and where each of its tokens goes.
 
     Attributes:
-        slots: A range of neighbouring slots, read in place, or a list of slots, gathered.
+        slots: Neighbouring slots, read in place, or any list of slots, gathered.
         positions: [rows, tokens], the position of each token.
         last: [rows], each row's last real position.
         longest: The largest position in use by any row, as a plain number.
@@ -134,23 +134,26 @@ class SlotCache:
         assert view is not None, "begin() comes first"
         read = self._read(layer)
         rows, where = self._write_index(layer)
-        for store, new in ((layer.keys, keys), (layer.values, values)):
+        found = []
+        for store, new in zip(self._stores(layer), (keys, values), strict=True):
             write(store, new, rows, where)
-        return layer.keys[:, :, :read][view.slots], layer.values[:, :, :read][view.slots]
+            seen = store[:, :, :read]
+            found.append(seen if isinstance(view.slots, slice) else seen[view.slots])
+        return found[0], found[1]
 
     def operands(self, layer_idx: int) -> list[torch.Tensor] | None:
         """What compiled code of a layer takes of this cache in this pass, in this order.
 
-        The layer's keys and values; each row's slot [rows]; where in the layer each token goes
-        [rows, tokens]; and something as long as what may be read [read positions]. None where the
-        rows are no neighbouring slots from the first on, which are read in place.
+        The keys and values of the layer in the slots of the pass; each row's slot among them
+        [rows]; where in the layer each token goes [rows, tokens]; and something as long as what may
+        be read [read positions]. None where the slots are no neighbours, which are read in place.
         """
         layer, view = self._layers[layer_idx], self._view
         assert view is not None, "begin() comes first"
         if not isinstance(view.slots, slice):
             return None
         rows, where = self._write_index(layer)
-        return [layer.keys, layer.values, rows, where, self._entries(layer)]
+        return [*self._stores(layer), rows, where, self._entries(layer)]
 
     def masks(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """One additive mask [rows, 1, tokens, read positions] per kind of layer in the model."""
@@ -170,6 +173,14 @@ class SlotCache:
         assert self._view is not None
         used = -(-(self._view.longest + 1) // _BUCKET) * _BUCKET
         return min(used, layer.capacity)
+
+    def _stores(self, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the slots of this pass, or of all where these are no neighbours."""
+        assert self._view is not None
+        slots = self._view.slots
+        if isinstance(slots, slice):
+            return layer.keys[slots], layer.values[slots]
+        return layer.keys, layer.values
 
     def _write_index(self, layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
         view = self._view

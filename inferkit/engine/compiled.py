@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from inferkit import kernels
 from inferkit.packing import PackedLinear
 
 CONTENTS = "layers.json"
@@ -22,10 +23,9 @@ CONTENTS = "layers.json"
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """What layers share: the code for one row and for several (if any), and how it is called."""
+    """What layers share: the code for each kind of pass (see `tracing`), and how it is called."""
 
-    one: Any
-    many: Any | None
+    programs: dict[str, Any]
     tensors: tuple[Callable[[tuple[Any, Any]], Any], ...]
     cache: Callable[[tuple[Any, Any]], Any]
     weights: tuple[str, ...]
@@ -45,8 +45,8 @@ class CompiledLayers:
 
     def __init__(self, module: Any, folder: Path) -> None:
         contents = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-        found, many = contents["graphs"], contents["many"]
-        graphs = [_graph(folder, i, g, many) for i, g in enumerate(found)]
+        found, kinds = contents["graphs"], contents["kinds"]
+        graphs = [_graph(folder, i, g, kinds) for i, g in enumerate(found)]
         self._layers = [
             _Layer(module.get_submodule(name), index, graphs[graph])
             for index, (name, graph) in enumerate(contents["layers"])
@@ -80,8 +80,9 @@ class _Layer:
         if operands is None:
             return self._forward(*args, **kwargs)
         rows, tokens = operands[3].shape
-        program = graph.one if rows == 1 else graph.many
-        if tokens != 1 or program is None:
+        kind = "read" if tokens > 1 else "one" if rows == 1 else "many"
+        program = graph.programs.get(kind)
+        if program is None:
             return self._forward(*args, **kwargs)
         # The code counts on dense tensors, and on all else that the shapes of a step decide.
         inputs = [find(given).contiguous() for find in graph.tensors]
@@ -95,10 +96,9 @@ class _Layer:
             del self._module.forward
 
 
-def _graph(folder: Path, number: int, found: dict[str, Any], many: bool) -> _Graph:
+def _graph(folder: Path, number: int, found: dict[str, Any], kinds: Sequence[str]) -> _Graph:
     return _Graph(
-        one=program(folder / f"{number}-one.pt2"),
-        many=program(folder / f"{number}-many.pt2") if many else None,
+        programs={kind: program(folder / f"{number}-{kind}.pt2") for kind in kinds},
         tensors=tuple(_finder(where) for where in found["tensors"]),
         cache=_finder(found["cache"]),
         weights=tuple(found["weights"]),
@@ -113,6 +113,7 @@ def program(path: Path | str) -> Any:
         RuntimeError: It cannot be loaded. Where the system is at fault, loading it may end the
             process: `tracing` tries it in one of its own.
     """
+    kernels.reason()  # it may call them by name
     # What torch._inductor.aoti_load_package does, without the seconds of its import.
     return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
 

@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 import torch
 
-from inferkit.conversions import cache_dir
+from inferkit import kernels
 from inferkit.devices import find_device, processor
 from inferkit.engine.compiled import CONTENTS, CompiledLayers
 from inferkit.engine.openmp import release_team
@@ -42,6 +42,7 @@ from inferkit.engine.runner import SlottedRunner
 from inferkit.engine.sequential import SequentialRunner
 from inferkit.engine.serving import compiled_reason, graphs_reason
 from inferkit.errors import OptionError, first_line
+from inferkit.folders import cache_dir, writable_by_others
 from inferkit.html import format_bytes
 from inferkit.model_files import write_atomically
 from inferkit.packing import PackedLinear
@@ -51,7 +52,7 @@ from inferkit.weight_only import WeightOnlyLinear
 Compile = bool | Literal["auto"]
 Status = Literal["eager", "compiling", "compiled"]
 
-FORMAT = 3  # goes up when the code is made or called in another way
+FORMAT = 4  # goes up when the code is made or called in another way
 SMALL = 64 << 20
 """Bytes of weights below which "auto" compiles nothing: it would take longer than it saves."""
 ROOM = 2 << 30
@@ -294,8 +295,7 @@ def _made(target: Path, why: Path) -> bool:
 
 
 def _layers(module: Any, folder: Path) -> CompiledLayers:
-    stat = folder.stat()
-    if stat.st_uid != os.geteuid() or stat.st_mode & 0o022:
+    if writable_by_others(folder):
         raise RuntimeError(f"others may write to {folder}, whose code would be run: remove it")
     if not all(map(zipfile.is_zipfile, folder.glob("*.pt2"))):
         shutil.rmtree(folder, ignore_errors=True)
@@ -424,7 +424,8 @@ def _job(module: Any, geometry: Any) -> dict[str, Any]:
         "config": json.loads(json.dumps(config, default=str)),
         "dtype": str(module.dtype).removeprefix("torch."),
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors},
-        "packed": [name for name, m in named if isinstance(m, PackedLinear)],
+        "packed": {name: m.own for name, m in named if isinstance(m, PackedLinear)},
+        "kernels": kernels.version(),
         "tiled": any(isinstance(m, TiledLinear) for _, m in named),
         "weight_only": {name: m.mode for name, m in named if isinstance(m, WeightOnlyLinear)},
         "geometry": [asdict(g) for g in geometry],

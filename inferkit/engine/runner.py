@@ -109,11 +109,9 @@ class SlottedRunner:
         Shorter parts are padded on the left with tokens at positions beyond the part's end, where
         nothing reads them (see `SlotCache`), so that every part's last token stands last.
         """
-        return self._read(chunks, self.width(chunks), [c.slot for c in chunks])[:, -1]
+        return self._read(chunks, self.width(chunks))[:, -1]
 
-    def _read(
-        self, chunks: Sequence[Chunk], width: int, slots: slice | list[int], keep: int = 1
-    ) -> torch.Tensor:
+    def _read(self, chunks: Sequence[Chunk], width: int, keep: int = 1) -> torch.Tensor:
         """`_forward` over chunks, padded to one width."""
         tokens, positions, last = [], [], []
         for c in chunks:
@@ -123,7 +121,7 @@ class SlottedRunner:
             positions.append([*range(end, end + pad), *range(c.start, end)])
             last.append(end - 1)
         longest = max(max(row) for row in positions)
-        return self._forward(slots, tokens, positions, last, longest, keep)
+        return self._forward([c.slot for c in chunks], tokens, positions, last, longest, keep)
 
     def width(self, chunks: Sequence[Chunk]) -> int:
         """How many tokens each row of a prefill has, padding included.
@@ -160,9 +158,7 @@ class SlottedRunner:
         A row may have fewer tokens than others; what `prefill` says of padding holds here too.
         """
         width = max(len(c.tokens) for c in chunks)
-        slots = [c.slot for c in chunks]
-        side_by_side = slots == list(range(len(slots)))
-        logits = self._read(chunks, width, slice(0, len(slots)) if side_by_side else slots, keep=0)
+        logits = self._read(chunks, width, keep=0)
         return [row[width - len(c.tokens) :] for row, c in zip(logits, chunks, strict=True)]
 
     def _step(self, tokens: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
@@ -184,7 +180,7 @@ class SlottedRunner:
 
     def _forward(
         self,
-        slots: slice | list[int],
+        slots: list[int],
         tokens: list[list[int]],
         positions: list[list[int]],
         last: list[int],
@@ -193,7 +189,9 @@ class SlottedRunner:
     ) -> torch.Tensor:
         """`_pass` over plain numbers."""
         where = torch.tensor(positions, device=self.device)
-        view = View(slots, where, torch.tensor(last, device=self.device), longest)
+        side_by_side = slots == list(range(slots[0], slots[0] + len(slots)))
+        rows = slice(slots[0], slots[-1] + 1) if side_by_side else slots
+        view = View(rows, where, torch.tensor(last, device=self.device), longest)
         return self._pass(torch.tensor(tokens, device=self.device), view, keep)
 
     @torch.inference_mode()

@@ -3,8 +3,10 @@
     python -m inferkit.engine.tracing    # a line of JSON on its standard input is the job
 
 A layer is a pure function of its inputs, of one layer's keys and values, and of its weights. It is
-traced on empty tensors and compiled ahead of time by torch's inductor (AOTInductor), for one row
-and, unless tiles are faster (:mod:`inferkit.tiled`), for any number of rows. Layers that trace to
+traced on empty tensors and compiled ahead of time by torch's inductor (AOTInductor), for three
+kinds of passes: a token of "one" row; one of "many" rows, unless tiles are faster
+(:mod:`inferkit.tiled`); and several tokens of any rows, which "read" a prompt, where attention is
+one operation for any shapes (:mod:`inferkit.kernels`). Layers that trace to
 the same graph share its code, so that the time does not grow with the depth of a model. The code
 holds no weights and no size of the KV cache, so that it serves every load of the same architecture.
 
@@ -30,20 +32,24 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.func import functional_call
 
+from inferkit import kernels
 from inferkit.engine import attention
 from inferkit.engine.cache import write
 from inferkit.errors import first_line
 from inferkit.footprint import meta_model
 from inferkit.kv import LayerKV
+from inferkit.packing import product
 from inferkit.weight_only import empty_linear
 
 Where = tuple[str | int, ...]
 """The way to a value among a call's arguments: ("args", 0) or ("kwargs", "attention_mask")."""
 
-MANY = 16
-"""Rows of the example that stands for any number of them."""
-# What differs between two sizes of (rows, read positions) depends on them; all else is fixed.
-_SIZES = ((3, 192), (5, 320))
+KINDS = {"one": (1, 1), "many": (16, 1), "read": (16, 48)}
+"""Rows and tokens of the example of each kind of pass; more than one stand for any number."""
+# What differs between two sizes of (rows, tokens, read positions) depends on them.
+_Sizes = tuple[int, int, int]
+_DECODING: tuple[_Sizes, _Sizes] = ((3, 1, 192), (5, 1, 320))
+_READING: tuple[_Sizes, _Sizes] = ((3, 24, 192), (5, 40, 320))
 _SLOTS, _CAPACITY = 24, 1024  # of the example's KV cache
 _LOADED = 120  # seconds after which code that is being loaded will not be any more
 
@@ -72,16 +78,17 @@ class Signature:
 class PackedTwin(nn.Module):
     """What a `PackedLinear` computes, as a function of a weight that is a plain parameter."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, own: bool) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.own = linear.weight, linear.bias, own
+        self.out_features = linear.out_features
+        if own:
+            shape = kernels.packed_shape(linear.out_features, linear.in_features)
+            self.weight = nn.Parameter(linear.weight.new_empty(shape), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As `PackedLinear.forward`."""
-        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, self.bias, "none", [], ""
-        )
-        return made
+        return product(x, self.weight, self.bias, self.out_features, self.own)
 
 
 class _LayerCache:
@@ -178,8 +185,8 @@ def twin(job: Mapping[str, Any]) -> Any:
     model = meta_model(AutoConfig.for_model(**job["config"]), job["dtype"])
     if type(model).__name__ != job["class"]:
         raise UntraceableError(f"its config makes a {type(model).__name__}, not a {job['class']}")
-    for name in job["packed"]:
-        model.set_submodule(name, PackedTwin(model.get_submodule(name)))
+    for name, own in job["packed"].items():
+        model.set_submodule(name, PackedTwin(model.get_submodule(name), own))
     for name, mode in job["weight_only"].items():
         model.set_submodule(name, empty_linear(mode, model.get_submodule(name)))
     for name, (dtype, shape) in job["tensors"].items():
@@ -204,9 +211,10 @@ def decoder_layers(model: nn.Module, count: int) -> list[tuple[str, nn.Module]]:
 
 
 def _calls(
-    model: Any, layers: Sequence[nn.Module], geometry: Sequence[LayerKV], rows: int, read: int
+    model: Any, layers: Sequence[nn.Module], geometry: Sequence[LayerKV], sizes: _Sizes
 ) -> list[_Call]:
-    """How a decode step of so many rows calls each layer, on the meta device."""
+    """How a pass of so many rows and tokens calls each layer, on the meta device."""
+    rows, tokens, read = sizes
     found: dict[int, _Call] = {}
 
     def before(index: int) -> Callable[..., None]:
@@ -222,12 +230,12 @@ def _calls(
     dtype = next(p.dtype for p in model.parameters() if p.dim() == 1)
     kinds = {g.kind for g in geometry}
     with torch.device("meta"):
-        masks = {f"{k}_attention": torch.zeros(rows, 1, 1, read, dtype=dtype) for k in kinds}
-        caches = [_LayerCache(*_operands(g, dtype, rows, read)) for g in geometry]
+        masks = {f"{k}_attention": torch.zeros(rows, 1, tokens, read, dtype=dtype) for k in kinds}
+        caches = [_LayerCache(*_operands(g, dtype, sizes)) for g in geometry]
         model(
-            input_ids=torch.zeros(rows, 1, dtype=torch.long),
+            input_ids=torch.zeros(rows, tokens, dtype=torch.long),
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            position_ids=torch.zeros(rows, 1, dtype=torch.long),
+            position_ids=torch.zeros(rows, tokens, dtype=torch.long),
             past_key_values=_ModelCache(caches),
             use_cache=True,
             logits_to_keep=1,
@@ -235,19 +243,38 @@ def _calls(
     for hook in hooks:
         hook.remove()
     if len(found) < len(layers):
-        raise UntraceableError("some of its layers are not run in a decode step")
+        raise UntraceableError("some of its layers are not run in a step")
     return [found[i] for i in range(len(layers))]
 
 
-def _operands(g: LayerKV, dtype: torch.dtype, rows: int, read: int) -> list[torch.Tensor]:
+def _operands(g: LayerKV, dtype: torch.dtype, sizes: _Sizes) -> list[torch.Tensor]:
     """Empty ones, in the order of `SlotCache.operands`."""
+    rows, tokens, read = sizes
     return [
         torch.empty(_SLOTS, g.heads, _CAPACITY, g.key_dim, dtype=dtype),
         torch.empty(_SLOTS, g.heads, _CAPACITY, g.value_dim, dtype=dtype),
         torch.empty(rows, dtype=torch.long),
-        torch.empty(rows, 1, dtype=torch.long),
+        torch.empty(rows, tokens, dtype=torch.long),
         torch.empty(read, dtype=torch.long),
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """How a layer was called in passes of two sizes."""
+
+    calls: tuple[_Call, _Call]
+    sizes: tuple[_Sizes, _Sizes]
+
+
+def _passes(
+    model: Any,
+    layers: Sequence[nn.Module],
+    geometry: Sequence[LayerKV],
+    sizes: tuple[_Sizes, _Sizes],
+) -> list[_Passes]:
+    small, large = (_calls(model, layers, geometry, size) for size in sizes)
+    return [_Passes(calls, sizes) for calls in zip(small, large, strict=True)]
 
 
 # -- one layer -----------------------------------------------------------------------------------
@@ -297,27 +324,29 @@ def _signature(layer: nn.Module, small: _Call, large: _Call) -> Signature:
 
 
 def _export(
-    layer: nn.Module, g: LayerKV, small: _Call, large: _Call, signature: Signature, rows: int
+    layer: nn.Module, g: LayerKV, passes: _Passes, signature: Signature, kind: str
 ) -> ExportedProgram:
-    """A layer's graph for ``rows`` rows; more than one stand for any number."""
-    read = _SIZES[0][1]
+    """A layer's graph for a kind of pass."""
+    small, large = passes.calls
+    sizes = (*KINDS[kind], passes.sizes[0][2])
     ones, others = dict(small.leaves()), dict(large.leaves())
     tensors, dims = [], []
     for where in signature.tensors:
-        shape, free = _example(ones[where].shape, others[where].shape, rows)
+        shape, free = _example(ones[where].shape, others[where].shape, passes.sizes, sizes)
         tensors.append(torch.empty(shape, dtype=ones[where].dtype))
         dims.append(free)
-    row = {0: Dim.DYNAMIC} if rows > 1 else {}
+    row = {0: Dim.DYNAMIC} if sizes[0] > 1 else {}
+    token = {1: Dim.DYNAMIC} if sizes[1] > 1 else {}
     stores = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
     dtype = _activations(layer)
     weights = [torch.empty_like(t, device="cpu") for t in (*layer.parameters(), *layer.buffers())]
     with torch.no_grad():
         return export(
             _Layer(layer, small, signature),
-            (tensors, _operands(g, dtype, rows, read), weights),
+            (tensors, _operands(g, dtype, sizes), weights),
             dynamic_shapes=(
                 dims,
-                [stores, stores, row, row, {0: Dim.DYNAMIC}],
+                [stores, stores, row, row | token, {0: Dim.DYNAMIC}],
                 [{}] * len(weights),
             ),
             strict=False,
@@ -330,20 +359,25 @@ def _activations(layer: nn.Module) -> torch.dtype:
 
 
 def _example(
-    small: Sequence[int], large: Sequence[int], rows: int
+    small: Sequence[int], large: Sequence[int], varied: tuple[_Sizes, _Sizes], sizes: _Sizes
 ) -> tuple[list[int], dict[int, Any]]:
-    """The shape of an input for so many rows, and which of its dimensions vary."""
+    """The shape of an input of a pass of these sizes, and which of its dimensions vary.
+
+    Args:
+        small: Its shape in a pass of the first of the sizes ``varied``.
+        large: Its shape in a pass of the second.
+        varied: Two times rows, tokens, read positions.
+        sizes: Those of the example; what is one there is always one.
+    """
+    of_what = dict(zip(zip(*varied, strict=True), sizes, strict=True))
     shape, free = [], {}
     for dim, (a, b) in enumerate(zip(small, large, strict=True)):
         if a == b:
             shape.append(a)
-        elif (a, b) == (_SIZES[0][0], _SIZES[1][0]):
-            shape.append(rows)
-            if rows > 1:
+        elif (a, b) in of_what:
+            shape.append(of_what[a, b])
+            if of_what[a, b] > 1:
                 free[dim] = Dim.DYNAMIC
-        elif (a, b) == (_SIZES[0][1], _SIZES[1][1]):
-            shape.append(a)
-            free[dim] = Dim.DYNAMIC
         else:
             raise UntraceableError(f"a layer takes a tensor whose size varies oddly ({a}, {b})")
     return shape, free
@@ -353,7 +387,8 @@ def _compile(program: ExportedProgram, target: Path) -> None:
     from torch._inductor import aoti_compile_and_package
 
     _take_packed_weights_as_inputs()
-    aoti_compile_and_package(program, package_path=str(target))
+    options = {"aot_inductor.custom_ops_to_c_shims": dict(kernels.SHIMS)}
+    aoti_compile_and_package(program, package_path=str(target), inductor_configs=options)
 
 
 def _take_packed_weights_as_inputs() -> None:
@@ -384,19 +419,24 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
         Exception: Whatever torch raises on the way.
     """
     torch.set_num_threads(job["threads"])
+    if kernels.version() != job["kernels"]:  # loaded now: tracing has no tensors to try them on
+        raise RuntimeError(f"its kernels are not those of the model ({kernels.reason()})")
     folder = Path(job["folder"])
     geometry = [LayerKV(**g) for g in job["geometry"]]
     model = twin(job)
     named = decoder_layers(model, len(geometry))
     layers = [layer for _, layer in named]
-    calls = [_calls(model, layers, geometry, *size) for size in _SIZES]
+    decoding = _passes(model, layers, geometry, _DECODING)
+    reading = _passes(model, layers, geometry, _READING) if _reads(job, geometry) else None
     graphs: dict[str, int] = {}
     contents: list[dict[str, Any]] = []
     chosen: list[int] = []
     examples: list[tuple[int, Signature]] = []
     for i, layer in enumerate(layers):
-        signature = _signature(layer, calls[0][i], calls[1][i])
-        program = _export(layer, geometry[i], calls[0][i], calls[1][i], signature, MANY)
+        signature = _signature(layer, *decoding[i].calls)
+        if reading and _signature(layer, *reading[i].calls) != signature:
+            reading = None
+        program = _export(layer, geometry[i], decoding[i], signature, "many")
         text = _text(program, signature)
         if text not in graphs:
             graphs[text] = len(graphs)
@@ -404,20 +444,33 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
             examples.append((i, signature))
         chosen.append(graphs[text])
     # Weights that are multiplied by tiles where there are several rows are faster than compiled.
-    kinds = {"one": 1} if job["tiled"] else {"one": 1, "many": MANY}
-    todo = [(*example, kind) for example in enumerate(examples) for kind in kinds]
-    for done, (number, (i, signature), kind) in enumerate(todo):
+    kinds = ["one", *([] if job["tiled"] else ["many"]), *(["read"] if reading else [])]
+    todo = [(kind, *example) for kind in kinds for example in enumerate(examples)]
+    for done, (kind, number, (i, signature)) in enumerate(todo):
         tell(done, len(todo))
-        program = _export(layers[i], geometry[i], calls[0][i], calls[1][i], signature, kinds[kind])
+        passes = reading if reading and kind == "read" else decoding
+        program = _export(layers[i], geometry[i], passes[i], signature, kind)
         made = folder / f"{number}-{kind}.pt2"
         _compile(program, made)
         _try_to_load(made)
     table = {
         "layers": [[name, g] for (name, _), g in zip(named, chosen)],
         "graphs": contents,
-        "many": "many" in kinds,
+        "kinds": kinds,
     }
     (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def _reads(job: Mapping[str, Any], geometry: Sequence[LayerKV]) -> bool:
+    """Whether layers can be compiled for several tokens.
+
+    Not where attention, or a product by a weight of fewer bits, goes another way for other shapes.
+    """
+    if job["weight_only"] or job["tiled"]:
+        return False
+    dtype = getattr(torch, job["dtype"])
+    examples = (torch.empty(g.key_dim, dtype=dtype, device="meta") for g in geometry)
+    return all(map(attention.in_one, examples))
 
 
 def _try_to_load(file: Path) -> None:

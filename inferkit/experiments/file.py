@@ -82,6 +82,8 @@ class ModelEntry(Entry):
         prefix_reuse: As it was loaded.
         prefill_chunk: As it was loaded.
         parameters_bytes: Bytes of the weights at the beginning.
+        kernels: The version of inferkit's own kernels that it was computed with; None where the
+            library's did all.
     """
 
     name: str
@@ -94,6 +96,7 @@ class ModelEntry(Entry):
     prefix_reuse: bool = True
     prefill_chunk: int | None = None
     parameters_bytes: Natural | None = None
+    kernels: str | None = None
 
 
 class ModeEntry(Entry):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from inferkit import registry
+from inferkit import kernels, registry
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import InferkitError, OptionError, first_line
 from inferkit.experiments import file as files
@@ -585,6 +585,7 @@ def _model_entry(model: Model, name: str) -> ModelEntry:
         prefix_reuse=identity.prefix_reuse,
         prefill_chunk=identity.prefill_chunk,
         parameters_bytes=model.plan.weights,
+        kernels=kernels.used(model.devices, model.dtype),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inferkit import catalog, registry
+from inferkit import catalog, kernels, registry
 from inferkit.devices import attached_names
 from inferkit.engine.guesses import DRAFT
 from inferkit.errors import ExperimentError, InferkitError, OptionError, first_line
@@ -608,6 +608,7 @@ class _Run:
         pairs = {
             "dtype": (entry.dtype, model.dtype),
             "device": (entry.devices, list(model.devices)),
+            "kernels": (entry.kernels, kernels.used(model.devices, model.dtype)),
             "processor": (then.cpu, now.cpu),
             "accelerator": _accelerators(then, now),
             "number of threads": (then.threads, now.threads),

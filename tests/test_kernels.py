@@ -1,0 +1,176 @@
+"""Products and attention of our own, beside torch's in higher precision."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inferkit import kernels
+
+pytestmark = pytest.mark.skipif(
+    bool(kernels.reason()), reason=f"no kernels of our own here: {kernels.reason()}"
+)
+
+
+def some(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).bfloat16()
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal but for the rounding of the result, and that of bf16 weights on the way."""
+    torch.testing.assert_close(got.double(), wanted.double(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 64, 600])
+@pytest.mark.parametrize(("inner", "outer"), [(2, 1), (64, 64), (130, 100), (640, 257)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_are_those_of_torch(rows: int, inner: int, outer: int, biased: bool) -> None:
+    x, w = some(rows, inner), some(outer, inner, seed=1) * inner**-0.5
+    bias = some(outer, seed=2) if biased else None
+    got = torch.ops.inferkit.packed_linear(x, kernels.pack(w), bias, outer)
+    wanted = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    close(got, wanted)
+
+
+def test_a_row_is_the_same_in_any_batch() -> None:
+    x, w = some(40, 640), kernels.pack(some(300, 640, seed=1))
+    whole = torch.ops.inferkit.packed_linear(x, w, None, 300)
+    for size in (1, 3, 7, 16):
+        part = torch.ops.inferkit.packed_linear(x[5 : 5 + size], w, None, 300)
+        assert torch.equal(part, whole[5 : 5 + size])
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (64, 6), (65, 64), (300, 640)])
+def test_packed_weights_are_unpacked_as_they_were(shape: tuple[int, int]) -> None:
+    w = some(*shape)
+    packed = kernels.pack(w)
+    assert packed.shape == kernels.packed_shape(*shape)
+    assert torch.equal(kernels.unpack(packed, shape[0]), w)
+
+
+def attended(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention in double precision."""
+    q, k, v, mask = (t.double() for t in (q, k, v, mask))
+    groups = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * q.shape[-1] ** -0.5
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        column = sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2)
+
+
+# rows, heads, KV heads, tokens, positions, dim, value dim
+SHAPES = [
+    (1, 4, 1, 1, 64, 256, 256),
+    (5, 4, 1, 1, 700, 256, 256),
+    (4, 14, 2, 1, 300, 64, 64),
+    (2, 8, 8, 3, 130, 80, 80),
+    (2, 6, 3, 8, 257, 96, 40),
+    (1, 2, 1, 9, 9, 64, 64),
+    (2, 8, 2, 49, 300, 96, 100),
+    (1, 4, 1, 200, 600, 256, 256),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["plain", "window", "softcap", "sinks"])
+def test_attention_is_that_of_torch(shape: tuple[int, ...], kind: str) -> None:
+    rows, heads, kv_heads, tokens, read, dim, value_dim = shape
+    # As the cache gives them: parts of larger tensors; and queries with their heads inside.
+    k = some(rows, kv_heads, read + 30, dim, seed=1)[:, :, :read]
+    v = some(rows, kv_heads, read + 30, value_dim, seed=2)[:, :, :read]
+    q = some(rows, tokens, heads, dim).transpose(1, 2)
+    last = torch.linspace(tokens, read, rows).long()[:, None] - tokens + torch.arange(tokens)
+    held = torch.arange(read)
+    seen = held <= last[:, :, None]
+    if kind == "window":
+        seen &= last[:, :, None] - held < 40
+    mask = torch.zeros(seen.shape).bfloat16()
+    mask = mask.masked_fill_(~seen, torch.finfo(torch.bfloat16).min)[:, None]
+    softcap = 5.0 if kind == "softcap" else 0.0
+    sinks = some(heads, seed=3) if kind == "sinks" else None
+    got = torch.ops.inferkit.masked_attention(q, k, v, mask, dim**-0.5, softcap, sinks)
+    assert got.shape == (rows, tokens, heads, value_dim)
+    close(got, attended(q, k, v, mask, softcap, sinks))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_what_is_not_seen_is_not_read(tokens: int) -> None:
+    k, v = some(1, 1, 300, 64, seed=1), some(1, 1, 300, 64, seed=2)
+    q = some(1, 2, tokens, 64)
+    mask = torch.zeros(1, 1, tokens, 300).bfloat16()
+    mask[..., :10] = mask[..., 290:] = torch.finfo(torch.bfloat16).min
+    before = torch.ops.inferkit.masked_attention(q, k, v, mask, 0.125, 0.0, None)
+    k[:, :, 290:] = v[:, :, :10] = 1e4
+    after = torch.ops.inferkit.masked_attention(q, k, v, mask, 0.125, 0.0, None)
+    assert torch.equal(before, after)
+
+
+def test_a_query_that_sees_nothing_gives_finite_numbers() -> None:
+    k, v = some(1, 1, 80, 64, seed=1), some(1, 1, 80, 64, seed=2)
+    for tokens in (1, 20):
+        mask = torch.full((1, 1, tokens, 80), torch.finfo(torch.bfloat16).min).bfloat16()
+        got = torch.ops.inferkit.masked_attention(
+            some(1, 2, tokens, 64), k, v, mask, 0.125, 0.0, None
+        )
+        assert got.isfinite().all()
+
+
+# -- where they cannot be had ----------------------------------------------------------------------
+
+
+def reason_elsewhere(**environment: str) -> str:
+    """What another process says of the kernels."""
+    code = "from inferkit import kernels; print(kernels.reason())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return run.stdout.strip()
+
+
+def test_they_can_be_switched_off() -> None:
+    assert reason_elsewhere(INFERKIT_KERNELS="0") == "INFERKIT_KERNELS=0"
+
+
+def test_no_compiler_is_a_reason(tmp_path: Path) -> None:
+    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX="no-such-compiler")
+    assert "no C++ compiler was found" in said
+    assert not list(tmp_path.glob("kernels/*"))
+
+
+def test_a_compiler_that_fails_is_a_reason(tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.write_text("#!/bin/sh\necho 'error: out of ideas' >&2\nexit 1\n")
+    bad.chmod(0o755)
+    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX=str(bad))
+    assert "does not compile them (error: out of ideas)" in said
+    assert not list(tmp_path.glob("kernels/*"))
+
+
+def test_a_library_that_others_may_write_is_not_loaded(tmp_path: Path) -> None:
+    assert reason_elsewhere(INFERKIT_CACHE=str(tmp_path)) == "None"
+    [library] = tmp_path.glob("kernels/*.so")
+    library.chmod(0o777)
+    assert "others may write to" in reason_elsewhere(INFERKIT_CACHE=str(tmp_path))
