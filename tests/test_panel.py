@@ -45,6 +45,7 @@ from inferkit.notebook.form import (
 from inferkit.notebook.live import LivePlot
 from inferkit.notebook.panel import Panel
 from inferkit.notebook.recipe import Sent
+from inferkit.notebook.sending import submit
 from inferkit.notebook.tables import POINTS
 from inferkit.notebook.worker import Worker
 from inferkit.sampling import SamplingParams
@@ -1386,6 +1387,25 @@ def test_a_change_of_precision_that_waits_for_requests_is_cancelled_without_a_wo
     assert own.quantization == "none"
     assert browser.wait("form", lambda form: form["quantize"] == "none")
     assert browser.ended(1)[0]["status"] == "length"
+
+
+def test_stop_reaches_what_is_still_being_sent(
+    browse: Callable[..., Browser], model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = browse(model)
+    begun, stopped = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Any:
+        begun.set()
+        assert stopped.wait(30)
+        return submit(*args)
+
+    monkeypatch.setattr("inferkit.notebook.panel.submit", slow)
+    browser.send("copies", prompt="Once", copies="3", max_tokens="200", ignore_eos=True)
+    assert begun.wait(30)
+    browser.act("stop")
+    stopped.set()
+    assert [told["status"] for told in browser.ended(3)] == ["cancelled"] * 3
 
 
 def test_stopping_does_not_wait_for_a_change_that_waits_for_requests(

@@ -70,6 +70,7 @@ class Panel(LivePlot):
         self._coded: Any = None  # what the code was made of
         self._planned: Any = None
         self._cancel = threading.Event()
+        self._stops = 0  # how often all requests were stopped
         self._changes = Worker("inferkit-panel", self._failed)
         self._plans = Worker("inferkit-plan", self._failed)
         self._sends = Worker("inferkit-send", self._failed)
@@ -290,7 +291,8 @@ class Panel(LivePlot):
             case "cancel":
                 self._sends.do(self._cancel_work)
             case "send":
-                self._sends.do(lambda: self._submit(typed, message["how"]))
+                stops = self._stops
+                self._sends.do(lambda: self._submit(typed, message["how"], stops))
             case "stop":
                 self._stop(message.get("number"))
             case "keep":
@@ -358,7 +360,8 @@ class Panel(LivePlot):
             else:
                 model.configure(**{name: value})
 
-    def _submit(self, typed: dict[str, Any], how: str) -> None:
+    def _submit(self, typed: dict[str, Any], how: str, stops: int) -> None:
+        """Send what is typed, and stop it where that was asked for since ``stops`` times."""
         model = self._feed.model
         self._forget_errors(*(field for field in form.EMPTY if field not in _LOADED_WITH))
         if model is None:
@@ -371,6 +374,9 @@ class Panel(LivePlot):
                 requests = submit(model, prompts, chat, options)
         except PromptError as error:
             raise FormError({"prompt": str(error)}) from None
+        if self._stops != stops:
+            for request in requests:
+                request.cancel()
         self._put("failure", None)
         seeds = [request.sampler.seed for request in requests]
         self._sent = recipe.Sent(prompts, options, seeds, chat)
@@ -378,6 +384,8 @@ class Panel(LivePlot):
 
     def _stop(self, number: int | None) -> None:
         """Cancel a request, or all of the model, whoever has submitted them."""
+        if number is None:
+            self._stops += 1
         for request in self._feed.live if number is None else [self._feed.find(number)]:
             if request is not None:
                 request.cancel()
