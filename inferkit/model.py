@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from inferkit import memory
+from inferkit import kernels, memory
 from inferkit.catalog import Source
 from inferkit.engine.compiling import Compilation, Compile, check_compile
 from inferkit.engine.engine import Engine
@@ -149,6 +149,14 @@ class Model:
     def compilation(self) -> Compilation:
         """How far the compiled decode step is: its ``status``, ``reason`` and ``wait()``."""
         return self._parts.compilation
+
+    @property
+    def kernels(self) -> str:
+        """Whose products and attention compute it: "inferkit", "torch", or "torch: why"."""
+        if self.dtype != "bfloat16" or "cpu" not in self.devices:
+            return "torch"
+        why = kernels.reason()
+        return "inferkit" if why is None else f"torch: {why}"
 
     @property
     def tokenizer(self) -> Any:

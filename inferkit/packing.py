@@ -46,7 +46,8 @@ class PackedLinear(nn.Module):
         # No parameter: most of what torch does with one (its storage, its address) has no meaning
         # for packed weights.
         weight = linear.weight.detach()
-        self.own = self.in_features % 2 == 0 and kernels.serves(weight)
+        operands = [weight] if self.bias is None else [weight, self.bias]
+        self.own = self.in_features % 2 == 0 and kernels.serves(*operands)
         self._packed: Any = (
             kernels.pack(weight) if self.own else torch.ops.mkldnn._reorder_linear_weight(weight)
         )
@@ -66,7 +67,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> Any:
-        """The packed weight, for torch's operation on it; None once unpacked or released."""
+        """The packed weight, for `product`; None once unpacked or released."""
         return self._packed
 
     @property
@@ -98,7 +99,7 @@ def product(
     """``x`` times a packed weight's transpose: see `PackedLinear`."""
     made: torch.Tensor
     if own:
-        made = torch.ops.inferkit.packed_linear(x, packed, bias, out_features)
+        made = torch.ops.inferkit.packed_linear(x.contiguous(), packed, bias, out_features)
     else:
         made = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return made

@@ -119,7 +119,7 @@ def test_prompts_are_read_by_compiled_code_where_attention_is_one_operation(
     runner = compiled_model(load, "gemma3", dtype="bfloat16")._parts.engine.runner
     parts = {
         "one": [Chunk(1, PROMPTS[2], 0)],
-        "neighbours, of two lengths, one padded": [Chunk(1, PROMPTS[4], 0), Chunk(2, PROMPTS[5], 0)],
+        "neighbours, one padded": [Chunk(1, PROMPTS[4], 0), Chunk(2, PROMPTS[5], 0)],
         "further on": [Chunk(0, PROMPTS[2], 0), Chunk(1, PROMPTS[4], 30)],
     }
     runner.compiled = False
@@ -247,6 +247,51 @@ def test_rows_that_are_multiplied_by_tiles_are_not_compiled(
     with pytest.raises(Ran):
         runner.decode([9], [7])
     runner.use_compiled(None)
+
+
+@pytest.fixture
+def traced(
+    load: Callable[..., ik.Model], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], tuple[list[str], list[str]]]:
+    """For which kinds of passes an architecture's layers are compiled in bf16, and the files."""
+    if kernels.reason():
+        pytest.skip(f"no kernels here: {kernels.reason()}")
+    monkeypatch.setattr(tracing, "_compile", lambda program, target: target.touch())
+    monkeypatch.setattr(tracing, "_try_to_load", lambda file: None)
+
+    def of(arch: str) -> tuple[list[str], list[str]]:
+        runner = load(arch, dtype="bfloat16", compile=False)._parts.engine.runner
+        job = compiling._job(runner.module, runner.geometry) | {"folder": str(tmp_path)}
+        told: list[tuple[int, int]] = []
+        tracing.run(job, lambda *done: told.append(done))
+        assert [done for done, _ in told] == list(range(len(told)))
+        contents = json.loads((tmp_path / compiled.CONTENTS).read_text(encoding="utf-8"))
+        return contents["kinds"], sorted(f.name for f in tmp_path.glob("*.pt2"))
+
+    return of
+
+
+def test_experts_are_not_copied_for_each_token_of_a_prompt(traced: Callable[..., Any]) -> None:
+    assert traced("mixtral")[0] == ["one", "many"]
+
+
+def test_where_prompts_cannot_be_compiled_the_step_still_is(
+    traced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tracing._make
+
+    def fails(shared: Any, kind: str, folder: Path) -> None:
+        make(shared, kind, folder)
+        if kind == "read":
+            raise RuntimeError("no luck")
+
+    monkeypatch.setattr(tracing, "_make", fails)
+    assert traced("llama") == (["one", "many"], ["0-many.pt2", "0-one.pt2"])
+    monkeypatch.setattr(tracing, "_make", make)
+    assert traced("llama") == (
+        ["one", "many", "read"],
+        ["0-many.pt2", "0-one.pt2", "0-read.pt2"],
+    )
 
 
 def test_damaged_code_is_made_again_by_the_next_load(

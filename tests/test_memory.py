@@ -21,6 +21,7 @@ from architectures import CONFIGS, build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
+from inferkit import kernels
 from inferkit.demand import Demand
 from inferkit.devices import find_device
 from inferkit.engine.runner import Chunk, SlottedRunner
@@ -456,8 +457,12 @@ def test_activations_bound_the_measured_peak_of_a_prefill_step(arch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt_oss"])
-def test_activations_bound_the_measured_peak_of_the_engines_own_attention(arch, dtype):
-    """Caps (Gemma 2) and sinks (GPT-OSS) keep it from the fused kernels."""
+def test_activations_bound_the_measured_peak_of_the_engines_own_attention(arch, dtype, monkeypatch):
+    """Caps (Gemma 2) and sinks (GPT-OSS) keep it from torch's fused kernels.
+
+    inferkit's own, which take less, may not be there.
+    """
+    monkeypatch.setattr(kernels, "_outcome", ["torch's are measured"])
     chunk, context = 128, 4000
     model, _ = build(arch)
     model = model.to(dtype)

@@ -60,10 +60,11 @@ def attention(
         [rows, tokens, heads, value dim], and no attention weights.
     """
     rows, heads, tokens, dim = query.shape
-    if attention_mask is not None and in_one(query, key, value, attention_mask):
+    if attention_mask is not None and _in_one(query, key, value, attention_mask):
         scale = dim**-0.5 if scaling is None else scaling
         operands = (_dense(t) for t in (query, key, value, attention_mask))
-        out = torch.ops.inferkit.masked_attention(*operands, scale, softcap or 0.0, s_aux)
+        sinks = None if s_aux is None else s_aux.to(query.dtype).contiguous()
+        out = torch.ops.inferkit.masked_attention(*operands, scale, softcap or 0.0, sinks)
         return out, None
     options = (scaling, softcap, s_aux)
     if query.device.type != "cpu" or tokens <= _FEW or attention_mask is None:
@@ -77,9 +78,19 @@ def attention(
     return made, None
 
 
-def in_one(*tensors: torch.Tensor) -> bool:
-    """Whether attention over queries, keys, values and a mask is one operation for any shapes."""
-    return tensors[0].shape[-1] % 2 == 0 and kernels.serves(*tensors)
+def _in_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+) -> bool:
+    """Whether attention is one operation: over a mask that is the same for all heads, above all."""
+    (rows, heads, tokens, dim), (_, kv_heads, read, _) = query.shape, key.shape
+    return (
+        kernels.serves(query, key, value, mask)
+        and dim % 2 == 0
+        and heads % kv_heads == 0
+        and key.shape == (rows, kv_heads, read, dim)
+        and value.shape[:3] == key.shape[:3]
+        and mask.shape == (rows, 1, tokens, read)
+    )
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Compiled code in the place of a model's decoder layers, for the steps that it was compiled for.
+"""Compiled code in the place of a model's decoder layers, for the passes that it was compiled for.
 
-A layer whose pass has other shapes (a prefill), or whose cache says that it is not to be compiled,
-runs as its architecture's own code does.
+A layer in a pass of another kind (see `tracing`), or whose cache says that it is not to be
+compiled, runs as its architecture's own code does.
 """
 
 from __future__ import annotations

@@ -419,13 +419,14 @@ def _job(module: Any, geometry: Any) -> dict[str, Any]:
     config = module.config.to_dict()
     config.pop("_name_or_path", None)  # where it was loaded from makes no other code
     named = [*module.named_modules()]
+    dtype = str(module.dtype).removeprefix("torch.")
     return {
         "class": type(module).__name__,
         "config": json.loads(json.dumps(config, default=str)),
-        "dtype": str(module.dtype).removeprefix("torch."),
+        "dtype": dtype,
         "tensors": {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in tensors},
         "packed": {name: m.own for name, m in named if isinstance(m, PackedLinear)},
-        "kernels": kernels.version(),
+        "kernels": kernels.used(["cpu"], dtype),
         "tiled": any(isinstance(m, TiledLinear) for _, m in named),
         "weight_only": {name: m.mode for name, m in named if isinstance(m, WeightOnlyLinear)},
         "geometry": [asdict(g) for g in geometry],

@@ -16,14 +16,16 @@ Each line of the output is JSON: ``{"done": 1, "total": 4}``, or at the end ``{"
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -419,40 +421,45 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
         Exception: Whatever torch raises on the way.
     """
     torch.set_num_threads(job["threads"])
-    if kernels.version() != job["kernels"]:  # loaded now: tracing has no tensors to try them on
+    if kernels.used(["cpu"], job["dtype"]) != job["kernels"]:  # loaded now, with tensors to try
         raise RuntimeError(f"its kernels are not those of the model ({kernels.reason()})")
     folder = Path(job["folder"])
     geometry = [LayerKV(**g) for g in job["geometry"]]
     model = twin(job)
     named = decoder_layers(model, len(geometry))
     layers = [layer for _, layer in named]
-    decoding = _passes(model, layers, geometry, _DECODING)
-    reading = _passes(model, layers, geometry, _READING) if _reads(job, geometry) else None
+    passes = _passes(model, layers, geometry, _DECODING)
     graphs: dict[str, int] = {}
     contents: list[dict[str, Any]] = []
     chosen: list[int] = []
-    examples: list[tuple[int, Signature]] = []
-    for i, layer in enumerate(layers):
-        signature = _signature(layer, *decoding[i].calls)
-        if reading and _signature(layer, *reading[i].calls) != signature:
-            reading = None
-        program = _export(layer, geometry[i], decoding[i], signature, "many")
-        text = _text(program, signature)
+    shared: list[_Shared] = []
+    for layer, g, called in zip(layers, geometry, passes, strict=True):
+        signature = _signature(layer, *called.calls)
+        text = _text(_export(layer, g, called, signature, "many"), signature)
         if text not in graphs:
+            shared.append(_Shared(len(graphs), layer, g, called, signature))
             graphs[text] = len(graphs)
             contents.append(asdict(signature))
-            examples.append((i, signature))
         chosen.append(graphs[text])
     # Weights that are multiplied by tiles where there are several rows are faster than compiled.
-    kinds = ["one", *([] if job["tiled"] else ["many"]), *(["read"] if reading else [])]
-    todo = [(kind, *example) for kind in kinds for example in enumerate(examples)]
-    for done, (kind, number, (i, signature)) in enumerate(todo):
-        tell(done, len(todo))
-        passes = reading if reading and kind == "read" else decoding
-        program = _export(layers[i], geometry[i], passes[i], signature, kind)
-        made = folder / f"{number}-{kind}.pt2"
-        _compile(program, made)
-        _try_to_load(made)
+    kinds = ["one"] if job["tiled"] else ["one", "many"]
+    read = _reads(job, model, geometry)
+    total = len(shared) * (len(kinds) + read)
+    done = itertools.count()
+    for kind in kinds:
+        for example in shared:
+            tell(next(done), total)
+            _make(example, kind, folder)
+    if read:
+        try:
+            for example in _reading(model, layers, geometry, shared, chosen):
+                tell(next(done), total)
+                _make(example, "read", folder)
+            kinds.append("read")
+        except Exception:  # what was made for the decode step serves without it
+            traceback.print_exc()
+            for made in folder.glob("*-read.pt2"):
+                made.unlink()
     table = {
         "layers": [[name, g] for (name, _), g in zip(named, chosen)],
         "graphs": contents,
@@ -461,16 +468,53 @@ def run(job: Mapping[str, Any], tell: Callable[[int, int], None]) -> None:
     (folder / "layers.json").write_text(json.dumps(table), encoding="utf-8")
 
 
-def _reads(job: Mapping[str, Any], geometry: Sequence[LayerKV]) -> bool:
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """The layer that stands for all that share a graph."""
+
+    graph: int
+    layer: nn.Module
+    geometry: LayerKV
+    passes: _Passes
+    signature: Signature
+
+
+def _make(example: _Shared, kind: str, folder: Path) -> None:
+    """Compile a graph for a kind of pass, and see that its code can be loaded."""
+    program = _export(example.layer, example.geometry, example.passes, example.signature, kind)
+    made = folder / f"{example.graph}-{kind}.pt2"
+    _compile(program, made)
+    _try_to_load(made)
+
+
+def _reads(job: Mapping[str, Any], model: nn.Module, geometry: Sequence[LayerKV]) -> bool:
     """Whether layers can be compiled for several tokens.
 
-    Not where attention, or a product by a weight of fewer bits, goes another way for other shapes.
+    Not where attention, or a product by a weight of fewer bits, goes another way for other shapes;
+    nor where there are experts, whose weights the twin copies for each token.
     """
-    if job["weight_only"] or job["tiled"]:
-        return False
-    dtype = getattr(torch, job["dtype"])
-    examples = (torch.empty(g.key_dim, dtype=dtype, device="meta") for g in geometry)
-    return all(map(attention.in_one, examples))
+    return (
+        job["kernels"] is not None
+        and all(g.key_dim % 2 == 0 for g in geometry)
+        and not (job["weight_only"] or job["tiled"])
+        and not any(p.dim() == 3 for p in model.parameters())
+    )
+
+
+def _reading(
+    model: Any,
+    layers: Sequence[nn.Module],
+    geometry: Sequence[LayerKV],
+    shared: Sequence[_Shared],
+    chosen: Sequence[int],
+) -> Iterator[_Shared]:
+    """Those that stand for others, in passes over several tokens."""
+    passes = _passes(model, layers, geometry, _READING)
+    for layer, called, graph in zip(layers, passes, chosen, strict=True):
+        if _signature(layer, *called.calls) != shared[graph].signature:
+            raise UntraceableError("a layer is called in another way with several tokens")
+    for example in shared:
+        yield replace(example, passes=passes[chosen.index(example.graph)])
 
 
 def _try_to_load(file: Path) -> None:

@@ -6,7 +6,7 @@ as the longest one goes. ``kernels.cpp`` has the two operations that a decoder's
 for x86-64 processors with AVX512_BF16 and without AMX (with it, oneDNN is ahead in prefill). The
 first use compiles it, in two seconds, and keeps the library::
 
-    <cache>/kernels/<key>.so     the key stands for the source, the compiler's options and torch
+    <cache>/kernels/<key>-<digest>.so    the key stands for the source, the options and torch
 
 The operations are ``packed_linear`` and ``masked_attention`` of ``torch.ops.inferkit``. Inductor's
 code calls them without going through torch (`SHIMS`). Where they cannot be had, `reason` says why,
@@ -21,10 +21,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,15 +34,14 @@ from typing import Any
 import torch
 
 from inferkit.errors import first_line
-from inferkit.exclusive import alone
+from inferkit.exclusive import holding
 from inferkit.folders import cache_dir, writable_by_others
 
-__all__ = ["SHIMS", "kept", "pack", "packed_shape", "reason", "serves", "unpack", "used"]
-__all__ += ["version"]
+__all__ = ["SHIMS", "pack", "packed_shape", "reason", "serves", "unpack", "used"]
 
 _PANEL = 64  # rows of a weight that lie together, as in kernels.cpp
 _OPTIONS = (
-    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden"),
     *("-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
 )
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -70,20 +71,24 @@ SHIMS: Mapping[Any, list[str]] = {
 
 # -- whether they can be had ---------------------------------------------------------------------
 
+_building = threading.RLock()
+_outcome: list[str | None] = []  # of the first call; empty until then
+
 
 def reason() -> str | None:
-    """Why the operations cannot be had on this machine, or None once they are there.
+    """Why the operations cannot be had in this process, or None once they are there.
 
-    The first call may compile them. It can be interrupted.
+    The first call may compile them. It can be interrupted, and is then made again.
     """
-    if os.environ.get("INFERKIT_KERNELS") == "0":
-        return "INFERKIT_KERNELS=0"
-    with alone():  # two threads would register the operations twice
-        return _outcome()
+    if not _outcome:
+        with holding(_building):
+            if not _outcome:
+                _outcome.append(_obstacle())
+    return _outcome[0]
 
 
-@functools.cache
-def _outcome() -> str | None:
+def _obstacle() -> str | None:
+    """Why not, or None where they were made and loaded."""
     if problem := _unfit():
         return problem
     try:
@@ -95,27 +100,25 @@ def _outcome() -> str | None:
 
 
 def _unfit() -> str | None:
+    if os.environ.get("INFERKIT_KERNELS") == "0":
+        return "INFERKIT_KERNELS=0"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "they are for Linux on x86-64"
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX512_BF16"
     if torch.cpu._is_amx_tile_supported():
-        return "the processor has AMX, for which oneDNN's are better"
+        return "the processor has AMX, for which torch's are better"
     return None
-
-
-def version() -> str | None:
-    """What stands for the code in use; None where there is none."""
-    return None if reason() else _key()
 
 
 def used(devices: Collection[str], dtype: str) -> str | None:
     """What stands for the code that a model on these devices is computed with, if any is."""
-    return version() if dtype == "bfloat16" and "cpu" in devices else None
+    computed = dtype == "bfloat16" and "cpu" in devices and not reason()
+    return _key() if computed else None
 
 
 def serves(*tensors: torch.Tensor) -> bool:
-    """Whether these tensors are the operations' to work on."""
+    """Whether these tensors are the operations' to work on, as far as device and dtype go."""
     on_cpu = all(t.device.type in ("cpu", "meta") and t.dtype == torch.bfloat16 for t in tensors)
     return on_cpu and reason() is None
 
@@ -125,49 +128,60 @@ def serves(*tensors: torch.Tensor) -> bool:
 
 @functools.cache
 def _key() -> str:
-    made_of = (_SOURCE.read_bytes(), *(o.encode() for o in (*_OPTIONS, torch.__version__)))
-    return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-
-
-def _file() -> Path:
-    return cache_dir() / "kernels" / f"{_key()}.so"
-
-
-def kept() -> bool:
-    """Whether the library was compiled before."""
-    return _file().is_file()
+    """What stands for the source, and for all else that the library depends on."""
+    made_of = (*_OPTIONS, torch.__version__, *platform.libc_ver())
+    parts = (_SOURCE.read_bytes(), *(one.encode() for one in made_of))
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _library() -> Path:
     """The compiled library, made now if need be."""
-    target = _file()
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-            made = Path(folder) / target.name
-            _compile(made)
-            made.rename(target)
-    if writable_by_others(target.parent) or writable_by_others(target):
-        raise RuntimeError(f"others may write to {target}, whose code would be run: remove it")
-    return target
+    folder = cache_dir() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if writable_by_others(folder):
+        raise RuntimeError(f"others may write to {folder}, whose code would be run: remove it")
+    for found in folder.glob(f"{_key()}-*.so"):
+        if not writable_by_others(found) and found == _named(found, folder):
+            return found
+        found.unlink()  # cut short, or by another's hand
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as scratch:
+        made = Path(scratch) / "made.so"
+        _compile(made)
+        made.chmod(0o700)
+        return made.rename(_named(made, folder))
+
+
+def _named(library: Path, folder: Path) -> Path:
+    """Where a library belongs: its name tells what is in it."""
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    return folder / f"{_key()}-{digest}.so"
 
 
 def _compile(target: Path) -> None:
-    named = os.environ.get("CXX")
-    compiler = next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
-    if compiler is None:
-        raise RuntimeError("no C++ compiler was found (Debian and Ubuntu: apt-get install g++)")
     home = Path(torch.__file__).parent
-    command = [compiler, *_OPTIONS, "-I", str(home / "include"), str(_SOURCE)]
+    command = [*_compiler(), *_OPTIONS, "-I", str(home / "include"), str(_SOURCE)]
     command += ["-o", str(target), "-L", str(home / "lib"), "-ltorch_cpu"]
     tried = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_PATIENCE,
+        start_new_session=True,  # an interrupt of the kernel is not the compiler's
     )
     if tried.returncode:
         said = tried.stderr.decode(errors="replace")
         _log.debug("%s", said)
         why = next((line for line in said.splitlines() if "error" in line), said[:200])
-        raise RuntimeError(f"{compiler} does not compile them ({why.strip()})")
+        raise RuntimeError(f"{command[0]} does not compile them ({why.strip()})")
+
+
+def _compiler() -> list[str]:
+    """gcc's, for clang's threads are of another OpenMP library than torch's."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in (named, ["g++"]):
+        if command and "clang" not in Path(command[0]).name and shutil.which(command[0]):
+            return command
+    raise RuntimeError("g++ was not found (Debian and Ubuntu: apt-get install g++)")
 
 
 def _load(path: Path) -> None:
@@ -177,12 +191,13 @@ def _load(path: Path) -> None:
     number, address = ctypes.c_int64, ctypes.c_void_p
     library.inferkit_linear.argtypes = [*[address] * 4, *[number] * 3]
     library.inferkit_attend.argtypes = [*[address] * 8, ctypes.c_float, ctypes.c_float]
-    for function in (library.inferkit_linear, library.inferkit_attend):
-        function.restype = None
+    library.inferkit_linear.restype, library.inferkit_attend.restype = None, ctypes.c_bool
 
     def linear(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
     ) -> torch.Tensor:
+        if x.shape[-1] != 2 * weight.shape[1] or not all(map(_bf16, (x, weight, bias))):
+            raise RuntimeError(f"no product of {x.shape}, {x.dtype} and weights {weight.shape}")
         x = x.contiguous()
         made = x.new_empty(*x.shape[:-1], out_features)
         rows, columns = made.numel() // out_features, x.shape[-1]
@@ -205,15 +220,9 @@ def _load(path: Path) -> None:
         strides = [x for t in (query, key, value) for x in t.stride()[:3]]
         strides += [mask.stride(0), mask.stride(2)]
         at = (query.data_ptr(), key.data_ptr(), value.data_ptr(), mask.data_ptr())
-        library.inferkit_attend(
-            *at,
-            _address(sinks),
-            made.data_ptr(),
-            (number * 7)(*sizes),
-            (number * 11)(*strides),
-            scale,
-            softcap,
-        )
+        to = (_address(sinks), made.data_ptr(), (number * 7)(*sizes), (number * 11)(*strides))
+        if not library.inferkit_attend(*at, *to, scale, softcap):
+            raise MemoryError("no memory for attention's sums")
         return made
 
     _try(linear, attend)
@@ -223,6 +232,10 @@ def _load(path: Path) -> None:
 
 def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _bf16(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or tensor.dtype == torch.bfloat16
 
 
 def _try(linear: Any, attend: Any) -> None:

@@ -7,15 +7,19 @@
 // order whatever is multiplied beside it: a row's result does not depend on its batch.
 //
 // Plain functions take addresses; those whose name begins with aoti_torch are how code that
-// inductor made calls them. Threads are OpenMP's, the same as torch's.
+// inductor made calls them. Threads are OpenMP's, of the same library as torch's: gcc's.
 
 #include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -44,6 +48,12 @@ inline __m512 widened(const bf16* at) {
 
 inline void store_rounded(bf16* at, __m512 value) {
   _mm256_storeu_si256((__m256i*)at, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+// Room for so many numbers, which nobody sets: whoever reads them has written them.
+template <typename T>
+std::unique_ptr<T[]> room(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
 }
 
 inline float number(bf16 bits) {
@@ -140,6 +150,7 @@ constexpr int64_t kPart = 128;        // positions that are then read at a time
 constexpr int64_t kLot = 48;          // tokens of a prompt that are read at a time, and
 constexpr int64_t kBlock = 256;       // positions that they see at a time
 constexpr float kUnseen = -1e30f;     // what a mask adds where nothing is to be seen, at most
+constexpr float kLeast = -FLT_MAX;    // a score before any is known: finite, for masks of -inf
 
 inline __m512 exponential(__m512 x) {
   // 2^n e^r with |r| <= ln(2) / 2, where a polynomial of degree 6 is exact to fp32's rounding.
@@ -210,7 +221,7 @@ struct Attention {
   // Scores [count] of sums of products: scaled, bent, masked. Returns the largest.
   float finish(float* scores, const bf16* masked, int64_t count) const {
     const __m512 factor = _mm512_set1_ps(scale), cap = _mm512_set1_ps(softcap);
-    __m512 most = _mm512_set1_ps(-INFINITY);
+    __m512 most = _mm512_set1_ps(kLeast);
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 here = count - i >= 16 ? 0xffff : (1u << (count - i)) - 1;
       __m512 s = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, scores + i), factor);
@@ -264,16 +275,16 @@ struct Attention {
       }
     }
     first.push_back(parts.size());
-    std::vector<float> found(parts.size() * joined);
+    const auto found = room<float>(parts.size() * joined);
     const int64_t count = parts.size(), pieces = rows * kv_heads;
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < count; ++i)
-        read_part(parts[i], parts[std::min(i + 1, count - 1)], found.data() + i * joined);
+        read_part(parts[i], parts[std::min(i + 1, count - 1)], found.get() + i * joined);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < pieces; ++i) {
-        join(i / kv_heads, i % kv_heads, found.data() + first[i] * joined, first[i + 1] - first[i]);
+        join(i / kv_heads, i % kv_heads, found.get() + first[i] * joined, first[i + 1] - first[i]);
       }
     }
   }
@@ -379,7 +390,7 @@ struct Attention {
     std::vector<float> sum(value_dim);
     for (int64_t q = 0; q < queries; ++q) {
       const int64_t which = head * groups() + q / tokens;
-      float most = sinks ? number(sinks[which]) : -INFINITY;
+      float most = sinks ? number(sinks[which]) : kLeast;
       for (int64_t i = 0; i < parts; ++i) most = std::max(most, found[(i * queries + q) * width]);
       float total = sinks ? std::exp(number(sinks[which]) - most) : 0;
       std::fill(sum.begin(), sum.end(), 0.f);
@@ -409,11 +420,11 @@ struct Attention {
   struct Panels {
     int64_t first, last;       // panels of positions that any token of the row may see
     int64_t positions, width;  // of all panels; numbers of a value, in whole panels
-    std::vector<bf16> keys;    // [positions / 64, dim / 2, 64, 2]
-    std::vector<bf16> values;  // [width / 64, positions / 2, 64, 2]
+    std::unique_ptr<bf16[]> keys;    // [positions / 64, dim / 2, 64, 2]
+    std::unique_ptr<bf16[]> values;  // [width / 64, positions / 2, 64, 2]
 
-    bf16* value_at(int64_t panel, int64_t position) {
-      return values.data() + (panel * positions + position) * kPanel;
+    bf16* value_at(int64_t panel, int64_t position) const {
+      return values.get() + (panel * positions + position) * kPanel;
     }
   };
 
@@ -422,9 +433,9 @@ struct Attention {
     Panels panels{};
     panels.positions = (read + kPanel - 1) / kPanel * kPanel;
     panels.width = (value_dim + kPanel - 1) / kPanel * kPanel;
-    panels.keys.resize(panels.positions * dim);
-    panels.values.resize(panels.positions * panels.width);
-    std::vector<float> sums(omp_get_max_threads() * kLot * panels.width);
+    panels.keys = room<bf16>(panels.positions * dim);
+    panels.values = room<bf16>(panels.positions * panels.width);
+    const auto sums = room<float>(omp_get_max_threads() * kLot * panels.width);
 #pragma omp parallel
     for (int64_t row = 0; row < rows; ++row) {
 #pragma omp single
@@ -441,7 +452,7 @@ struct Attention {
         for (int64_t i = 0; i < pieces; ++i) {
           // The last lots see most, and come first.
           const int64_t lot = lots - 1 - i / groups(), which = head * groups() + i % groups();
-          float* here = sums.data() + omp_get_thread_num() * kLot * panels.width;
+          float* here = sums.get() + omp_get_thread_num() * kLot * panels.width;
           read_lot(row, which, lot * kLot, panels, here);
         }
       }
@@ -449,8 +460,8 @@ struct Attention {
   }
 
   // The keys and values of a panel of positions. What is beyond the last position is never asked.
-  void lay_out(int64_t row, int64_t head, int64_t begin, Panels& panels) const {
-    bf16* keys = panels.keys.data() + begin * dim;
+  void lay_out(int64_t row, int64_t head, int64_t begin, const Panels& panels) const {
+    bf16* keys = panels.keys.get() + begin * dim;
     for (int64_t i = 0; i < kPanel; ++i) {
       const bf16* from = key_at(row, head, std::min(begin + i, read - 1));
       for (int64_t d = 0; d < dim; d += 2) std::memcpy(keys + d * kPanel + 2 * i, from + d, 4);
@@ -473,13 +484,14 @@ struct Attention {
     }
   }
 
-  void read_lot(int64_t row, int64_t head, int64_t token, Panels& panels, float* sums) const {
+  void read_lot(int64_t row, int64_t head, int64_t token, const Panels& panels,
+                float* sums) const {
     const int64_t count = std::min(kLot, tokens - token);
     alignas(64) float scores[kLot][kBlock];
     alignas(64) bf16 weights[kLot][kBlock];
     float most[kLot], total[kLot];
     for (int64_t t = 0; t < count; ++t) {
-      most[t] = sinks ? number(sinks[head]) : -INFINITY;
+      most[t] = sinks ? number(sinks[head]) : kLeast;
       total[t] = sinks ? 1 : 0;
     }
     std::fill(sums, sums + count * panels.width, 0.f);
@@ -488,7 +500,7 @@ struct Attention {
     for (int64_t from = begin / kPanel * kPanel; from < end; from += kBlock) {
       const int64_t seen = std::min(kBlock, end - from);
       for (int64_t p = 0; p < seen; p += kPanel) {
-        const bf16* at = panels.keys.data() + (from + p) * dim;
+        const bf16* at = panels.keys.get() + (from + p) * dim;
         by_rows(count, [&](auto some, int64_t t) {
           constexpr int R = decltype(some)::value;
           __m512 s[R][4] = {};
@@ -563,10 +575,12 @@ AOTITorchError empty(int64_t dims, const int64_t* sizes, AtenTensorHandle* made)
 
 }  // namespace
 
+#define SEEN __attribute__((visibility("default")))
+
 extern "C" {
 
 // y [rows, out] = x [rows, in] times the transpose of a weight in panels, plus the bias if any.
-void inferkit_linear(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int64_t rows,
+SEEN void inferkit_linear(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int64_t rows,
                      int64_t in, int64_t out) {
   const Product product{x, w, bias, y, in, out};
   const int64_t panels = (out + kPanel - 1) / kPanel;
@@ -583,8 +597,8 @@ void inferkit_linear(const bf16* x, const bf16* w, const bf16* bias, bf16* y, in
   }
 }
 
-// What `inferkit.kernels.attend` says; sizes are those of Attention, in its order.
-void inferkit_attend(const bf16* query, const bf16* key, const bf16* value, const bf16* mask,
+// See Attention, which has these sizes in this order. False where memory was lacking.
+SEEN bool inferkit_attend(const bf16* query, const bf16* key, const bf16* value, const bf16* mask,
                      const bf16* sinks, bf16* out, const int64_t* sizes, const int64_t* strides,
                      float scale, float softcap) {
   Attention a{};
@@ -596,14 +610,19 @@ void inferkit_attend(const bf16* query, const bf16* key, const bf16* value, cons
   std::copy(strides + 6, strides + 9, a.value_strides);
   a.mask_row = strides[9], a.mask_token = strides[10];
   a.scale = scale, a.softcap = softcap;
-  if (a.tokens <= kFew) {
-    a.few();
-  } else {
-    a.many();
+  try {
+    if (a.tokens <= kFew) {
+      a.few();
+    } else {
+      a.many();
+    }
+  } catch (const std::bad_alloc&) {
+    return false;
   }
+  return true;
 }
 
-AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle weight,
+SEEN AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle weight,
                                               AtenTensorHandle* bias, int64_t out_features,
                                               AtenTensorHandle* made) {
   const Tensor from(x), w(weight);
@@ -612,6 +631,7 @@ AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle
   for (int64_t i = 0; i < from.dims; ++i) sizes[i] = from.sizes[i];
   for (int64_t i = 0; i + 1 < from.dims; ++i) rows *= sizes[i];
   const int64_t in = sizes[from.dims - 1];
+  if (w.dims != 4 || in != 2 * w.sizes[1]) return AOTI_TORCH_FAILURE;
   sizes[from.dims - 1] = out_features;
   if (AOTITorchError error = empty(from.dims, sizes, made)) return error;
   inferkit_linear(from.data, w.data, bias ? Tensor(*bias).data : nullptr, Tensor(*made).data, rows,
@@ -619,7 +639,7 @@ AOTITorchError aoti_torch_cpu_packed_linear(AtenTensorHandle x, AtenTensorHandle
   return AOTI_TORCH_SUCCESS;
 }
 
-AOTITorchError aoti_torch_cpu_masked_attention(AtenTensorHandle query, AtenTensorHandle key,
+SEEN AOTITorchError aoti_torch_cpu_masked_attention(AtenTensorHandle query, AtenTensorHandle key,
                                               AtenTensorHandle value, AtenTensorHandle mask,
                                               double scale, double softcap, AtenTensorHandle* sinks,
                                               AtenTensorHandle* made) {
@@ -633,10 +653,10 @@ AOTITorchError aoti_torch_cpu_masked_attention(AtenTensorHandle query, AtenTenso
   const int64_t strides[] = {q.strides[0], q.strides[1], q.strides[2], k.strides[0],
                              k.strides[1], k.strides[2], v.strides[0], v.strides[1],
                              v.strides[2], m.strides[0], m.strides[2]};
-  inferkit_attend(q.data, k.data, v.data, m.data, sinks ? Tensor(*sinks).data : nullptr,
-                  Tensor(*made).data, sizes, strides, static_cast<float>(scale),
-                  static_cast<float>(softcap));
-  return AOTI_TORCH_SUCCESS;
+  const bool done = inferkit_attend(q.data, k.data, v.data, m.data,
+                                    sinks ? Tensor(*sinks).data : nullptr, Tensor(*made).data, sizes,
+                                    strides, static_cast<float>(scale), static_cast<float>(softcap));
+  return done ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 }  // extern "C"
