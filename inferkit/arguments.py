@@ -95,6 +95,10 @@ REPLAY_OPTIONS: Options = {
     "device": MODEL_OPTIONS["device"],
     "dtype": MODEL_OPTIONS["dtype"],
     "pause": {"type": float, "metavar": "S", "help": "most seconds that nothing happens (1)"},
+    "check_files": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "refuse a model whose files are not those that were recorded (the default)",
+    },
 }
 """Keywords of `inferkit.replay`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +62,6 @@ class Generation:
         settings: The model, device and modes that it ran under.
         logprobs: One entry per token where ``logprobs`` was asked for, else None.
         error: What went wrong where ``finish_reason`` is "error"; the text so far is kept.
-        origin: Where and when it was measured, for what was not measured here and now.
     """
 
     prompt: str | None
@@ -77,7 +76,11 @@ class Generation:
     settings: Settings
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: InferkitError | None = None
-    origin: str = field(default="", compare=False)
+
+    @property
+    def origin(self) -> str:
+        """Where and when it was measured; empty for what was measured here and now."""
+        return self.latency.origin
 
     def raise_for_error(self) -> Generation:
         """Return itself, or raise the error that ended it."""
@@ -89,7 +92,7 @@ class Generation:
         """A plotly figure of this request's tokens over time."""
         from inferkit import plots
 
-        return plots.request_figure(self.latency, self.origin)
+        return plots.request_figure(self.latency)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, ready for JSON; times as raw nanoseconds and as seconds."""
@@ -117,16 +120,14 @@ class Generation:
         return self.text
 
     def __repr__(self) -> str:
-        origin = f"; {self.origin}" if self.origin else ""
-        return f"<Generation {self.finish_reason}: {self.text!r}, {self.latency!r}{origin}>"
+        return f"<Generation {self.finish_reason}: {self.text!r}, {self.latency!r}>"
 
     def _repr_html_(self) -> str:
-        origin = f'<div style="opacity:.7">{escape(self.origin)}</div>' if self.origin else ""
         error = f'<div style="color:#c0392b">{escape(str(self.error))}</div>' if self.error else ""
         return (
             f'<div class="inferkit"><div style="white-space:pre-wrap">'
             f'<span style="opacity:.6">{escape(self.prompt or "")}</span>{escape(self.text)}</div>'
-            f"{error}{self.latency._repr_html_()}{origin}</div>"
+            f"{error}{self.latency._repr_html_()}</div>"
         )
 
 

@@ -136,6 +136,7 @@ def convert(path: Path, folder: Path, bar: tqdm[Any]) -> None:
         if stopped(error):
             raise
         raise _unsupported(path, reader, error) from error
+    tokenizer.init_kwargs.pop("local_files_only", None)  # of this conversion, not of the tokenizer
     tokenizer.save_pretrained(folder)
 
 

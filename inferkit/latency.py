@@ -39,7 +39,8 @@ class LatencySummary:
         slo: The objectives in seconds, or None.
         metrics: Name -> `Distribution`.
         duration: Seconds that rates are divided by: first arrival to the last request's end
-            (AIPerf: to the last token of a request that succeeded).
+            (AIPerf: to the last token of a request that succeeded). None where the requests are
+            not of one time and place, so that there are no rates.
         goodput: Requests per second that meet every objective; None without objectives.
         good_request_fraction: The share of requests that do, failed ones in the denominator
             (GuideLLM, whose name for it is slo_attainment, leaves out cancelled ones); None without
@@ -51,7 +52,7 @@ class LatencySummary:
     latencies: tuple[Latency, ...]
     slo: Mapping[str, float] | None
     metrics: Mapping[str, Distribution]
-    duration: float
+    duration: float | None
     goodput: float | None
     good_request_fraction: float | None
     origin: str = ""
@@ -113,7 +114,7 @@ class LatencySummary:
 
     @property
     def output_tokens_per_second(self) -> float | None:
-        """Output tokens per second of ``duration``; None where that is zero."""
+        """Output tokens per second of ``duration``; None where that is zero or None."""
         return _rate(self.total_output_tokens, self.duration)
 
     @property
@@ -284,7 +285,7 @@ def summarize(
     latencies = _latencies(given)
     done = _done(latencies)
     start, end = spec.window([one.trace for one in latencies], [one.trace for one in done])
-    duration = (end - start) * NS
+    duration = (end - start) * NS if len(_origins(given)) == 1 else None
     goodput, fraction = _goodput(spec, latencies, limits, duration) if limits else (None, None)
     return LatencySummary(
         definitions=definitions,
@@ -300,12 +301,19 @@ def summarize(
 
 def origin_of(gens: Iterable[Any]) -> str:
     """Where and when generations were measured; empty where all were here and now."""
-    origins = dict.fromkeys(getattr(gen, "origin", "") for gen in gens)
+    origins = _origins(gens)
     return " and ".join(one or "measured here and now" for one in origins) if any(origins) else ""
 
 
+def _origins(gens: Iterable[Any]) -> dict[str, None]:
+    return dict.fromkeys(getattr(gen, "origin", "") for gen in gens)
+
+
 def _goodput(
-    spec: Definitions, latencies: Sequence[Latency], slo: Mapping[str, float], duration: float
+    spec: Definitions,
+    latencies: Sequence[Latency],
+    slo: Mapping[str, float],
+    duration: float | None,
 ) -> tuple[float | None, float | None]:
     good, judged = spec.good(_done(latencies), slo)
     if spec.share is None:
@@ -367,5 +375,5 @@ def _done(latencies: Iterable[Latency]) -> list[Latency]:
     return [one for one in latencies if one.trace.ok]
 
 
-def _rate(count: int, seconds: float) -> float | None:
-    return count / seconds if seconds > 0 else None
+def _rate(count: int, seconds: float | None) -> float | None:
+    return count / seconds if seconds else None

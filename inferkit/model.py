@@ -355,6 +355,7 @@ class Model:
             self._engine.set_batching(batching)
         if speculative is not None and speculative != self.speculative:
             self._engine.guesser = self._guesser(speculative)
+        self._engine.changed()
         return self
 
     def _guesser(self, speculative: str) -> Guesser | None:
@@ -401,6 +402,7 @@ class Model:
             ModelUnloadedError: The model was unloaded, before or while this waited.
         """
         self._become(format=self._asked(mode, double_quant, compute_dtype), progress=progress)
+        self._engine.changed()
         return self
 
     def unload(self) -> None:

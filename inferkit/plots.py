@@ -71,13 +71,8 @@ def percentiles(summary: LatencySummary) -> go.Figure:
     return finish(figure, title, _named(summary), "", height=390, origin=origin)
 
 
-def request_figure(latency: Latency, origin: str = "") -> go.Figure:
-    """One request: its tokens over time with queue and prefill, and the gap before each token.
-
-    Args:
-        latency: Its timing.
-        origin: Where and when it was measured, if not here and now.
-    """
+def request_figure(latency: Latency) -> go.Figure:
+    """One request: its tokens over time with queue and prefill, and the gap before each token."""
     from plotly.subplots import make_subplots
 
     figure = make_subplots(
@@ -95,7 +90,7 @@ def request_figure(latency: Latency, origin: str = "") -> go.Figure:
     ]
     title = f"Latency of one request, {latency.output_tokens:,} tokens"
     subtitle = " · ".join(["vLLM definitions", *parts])
-    return finish(figure, title, subtitle, note, height=440, origin=origin)
+    return finish(figure, title, subtitle, note, height=440, origin=latency.origin)
 
 
 def summary_figure(summary: LatencySummary) -> go.Figure:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -135,9 +135,14 @@ class Latency:
     A value is None where it is not defined: without a token there is no TTFT and no E2E, and with
     a single one no TPOT. Source: vllm-project/vllm@009e6d4 vllm/benchmarks/serve.py
     (``calculate_metrics``); ``queue`` is inferkit's own.
+
+    Attributes:
+        trace: What happened, and when.
+        origin: Where and when it was measured, for what was not measured here and now.
     """
 
     trace: Trace
+    origin: str = field(default="", compare=False)
 
     @property
     def ttft(self) -> float | None:
@@ -200,7 +205,8 @@ class Latency:
         """The values in seconds and the raw ``trace`` in nanoseconds, ready for JSON."""
         names = ("ttft", "tpot", "itl", "e2e", "queue", "output_tokens", "prompt_tokens")
         values = {name: getattr(self, name) for name in (*names, "tokens_per_second")}
-        return {"definitions": "vllm", "unit": "s", **values, "trace": self.trace.to_dict()}
+        plain = {"definitions": "vllm", "unit": "s", **values, "trace": self.trace.to_dict()}
+        return plain | ({"origin": self.origin} if self.origin else {})
 
     def to_json(self, indent: int | None = None) -> str:
         """`to_dict` as JSON text."""
@@ -236,7 +242,8 @@ class Latency:
         times = " ".join(f"{name}={_ms(getattr(self, name))}" for name in _SHOWN)
         accepted = acceptance([self])
         guesses = "" if accepted is None else f", {accepted} guesses accepted"
-        return f"<Latency {times}, {self.output_tokens} tokens{guesses}>"
+        origin = f"; {self.origin}" if self.origin else ""
+        return f"<Latency {times}, {self.output_tokens} tokens{guesses}{origin}>"
 
     def _repr_html_(self) -> str:
         cells = [_ms(getattr(self, name), unit="") for name in _SHOWN]
@@ -248,7 +255,8 @@ class Latency:
             note="vLLM definitions (vllm bench serve): TTFT = first token - arrival; TPOT = "
             "(E2E - TTFT) / (output tokens - 1); E2E = last token - arrival. "
             "Queue = arrival to first scheduled step. Cached: prompt tokens that an earlier "
-            f"request had computed.{_accepted_note(self)}",
+            f"request had computed.{_accepted_note(self)}"
+            f"{f' {self.origin}.' if self.origin else ''}",
         )
 
 

@@ -24,7 +24,7 @@ import measured
 import pytest
 
 import inferkit as ik
-from inferkit import conversions
+from inferkit import catalog, conversions
 from inferkit.engine.request import Request
 from inferkit.experiments import exports, recording, replay, rounding, store
 from inferkit.experiments import file as files
@@ -918,6 +918,44 @@ def test_what_runs_the_same_way_again_rounds_the_same_way(
     assert replayed(requests=[one, *later]).ok  # for then it may have joined another batch
     found = [{**one, "cached_tokens": 1}, *others]
     assert replayed(requests=found).ok  # what earlier passes had computed
+
+
+def test_every_change_of_mode_is_recorded_however_short(model: ik.Model, path: Path) -> None:
+    before = model.max_batch, model.batching
+    with ik.record("short", path=path, progress=False) as exp:
+        model.configure(max_batch=3, batching="static")
+        model.configure(max_batch=2)
+        model.configure(max_batch=before[0], batching=before[1])
+        model.configure()
+    wanted = [before, (3, "static"), (2, "static"), before]
+    assert [(mode.max_batch, mode.batching) for mode in exp.file.modes] == wanted
+    assert [(mode.max_batch, mode.batching) for mode in ik.open(path).file.modes] == wanted
+    times = [mode.time for mode in exp.file.modes]
+    assert times == sorted(times)
+
+
+def test_what_a_conversion_made_otherwise_is_named_by_what_it_is(
+    path: Path, model: ik.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rounding.ROUNDING, "float32", 1e6)
+    with ik.record("alone", path=path, progress=False):
+        model.generate([40, 41, 42], **OPTIONS)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    ids = list(ik.open(path).generations[0].token_ids)
+    data["requests"][0]["token_ids"] = [(ids[0] + 1) % 100, *ids[1:]]
+    sha256 = catalog.Source.sha256
+    monkeypatch.setattr(
+        catalog.Source, "sha256", lambda self, **how: {**sha256(self, **how), "it.gguf": "00"}
+    )
+    for name, kind in (
+        ("model.safetensors", "weights"),
+        ("config.json", "files beside the weights"),
+    ):
+        files = {**data["models"][0]["files"], name: "1f" * 32, "it.gguf": "00"}
+        changed = {**data, "models": [{**data["models"][0], "files": files}]}
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        reason = ik.replay(path, progress=False).outcomes[0].reason
+        assert f"other conversion of the {kind}" in reason
 
 
 def test_the_verdict_says_of_times_what_the_difference_says(model: ik.Model, path: Path) -> None:

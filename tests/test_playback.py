@@ -206,7 +206,8 @@ def test_whatever_is_shown_of_a_recording_says_so(played: list[Any]) -> None:
 
 
 def test_what_is_measured_here_beside_a_recording_is_told_from_it() -> None:
-    here = dataclasses.replace(MANY.generations[0], origin="")
+    one = MANY.generations[0]
+    here = dataclasses.replace(one, latency=dataclasses.replace(one.latency, origin=""))
     assert ik.summarize([here]).origin == ""
     both = ik.summarize([here, *MANY.generations]).origin
     assert both.startswith("measured here and now and recorded 2026-11-24")

@@ -99,6 +99,8 @@ class Engine:
             them takes it for that time, and must not wait for it.
         on_submit: Called with requests as they are queued, in the thread that submits them; they
             must neither wait nor fail.
+        on_change: Called when what requests run under was changed, in the thread that changed it;
+            they must neither wait nor fail.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Engine:
         self.settings = settings
         self.steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
         self.on_submit: list[Callable[[Sequence[Request]], None]] = []
+        self.on_change: list[Callable[[], None]] = []
         self.at_rest = threading.Lock()
         self._name = name
         self._scheduler = Scheduler(batching, max_batch, runner.prefill_chunk)
@@ -228,6 +231,11 @@ class Engine:
             self._news.notify()
         for listener in self.on_submit.copy():  # another thread may add one, or take one away
             listener(requests)
+
+    def changed(self) -> None:
+        """Tell who wants to know that requests run under something else now."""
+        for listener in self.on_change.copy():
+            listener()
 
     def wake(self) -> None:
         """Look at the requests again, for one was cancelled."""

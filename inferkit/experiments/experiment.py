@@ -328,12 +328,11 @@ def generation_of(one: RequestEntry, origin: str = "") -> Generation:
         prompt_token_ids=tuple(unpack(one.prompt_token_ids)),
         finish_reason=one.finish_reason,  # type: ignore[arg-type]
         stop_reason=one.stop_reason,
-        latency=Latency(trace_of(one)),
+        latency=Latency(trace_of(one), origin),
         params=SamplingParams.of(_known(SamplingParams, one.params)),
         seed=one.seed,
         settings=Settings(**_known(Settings, one.settings)),
         error=_error(one),
-        origin=origin,
     )
 
 

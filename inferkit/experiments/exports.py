@@ -59,7 +59,7 @@ def to_vllm(exp: Experiment, slo: Mapping[str, float] | None = None) -> dict[str
     gens = _ended(exp)
     summary = exp.summary(slo=slo, definitions="vllm") if gens else None
     model = ", ".join(dict.fromkeys(one.ref or one.name for one in exp.models))
-    duration = summary.duration if summary else exp.duration or 0.0
+    duration = (summary.duration if summary else exp.duration) or 0.0
     first = min((gen.latency.trace.arrival for gen in gens), default=0)
     ended = exp.created + timedelta(seconds=first * NS + duration)
     return {

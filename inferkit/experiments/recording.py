@@ -141,7 +141,7 @@ class _Hook:
 
 @dataclass(frozen=True, slots=True)
 class _Note:
-    """What whoever submitted requests has left."""
+    """What whoever submitted requests, or changed the mode, has left."""
 
     model: int
     requests: tuple[Request, ...]
@@ -195,7 +195,7 @@ class Recording:
         self._models: list[Model] = []
         self._names: dict[str, str] = {}  # in the file, by what models were loaded as
         self._on_load = _Hook(registry.on_load, self.follow)
-        self._on_submit: dict[int, _Hook] = {}  # of the models that it follows
+        self._hooks: dict[int, list[_Hook]] = {}  # of the models that it follows
         self._modes: dict[int, tuple[int, dict[str, Any]]] = {}  # the last of each model
         self._live: list[_Followed] = []
         self._ended = threading.Event()  # nothing more is recorded
@@ -270,7 +270,7 @@ class Recording:
         self._ended.set()
         if self is _latest:
             status.recorded(self._file.name, running=False)
-        for hook in (self._on_load, *self._on_submit.values()):
+        for hook in (self._on_load, *itertools.chain(*self._hooks.values())):
             hook.take_out()
         self._thread.join()
         if self._hasher is not None:
@@ -320,16 +320,20 @@ class Recording:
                     "way when it began; they took part of the machine and are not in here."
                 )
             self._changed(number, _mode(model), time.perf_counter_ns())
-            hook = _Hook(engine.on_submit, partial(self._submitted, number, model))
-            hook.put_in()
-            self._on_submit[number] = hook
+            self._hooks[number] = [
+                _Hook(engine.on_submit, partial(self._submitted, number, model)),
+                _Hook(engine.on_change, partial(self._submitted, number, model, ())),
+            ]
+            for hook in self._hooks[number]:
+                hook.put_in()
 
     def leave(self, model: Model) -> None:
         """Record no more of what a model is asked, and of what it becomes."""
         with self._lock:
             self._collect()
-            for number in [n for n in self._on_submit if self._models[n] is model]:
-                self._on_submit.pop(number).take_out()
+            for number in [n for n in self._hooks if self._models[n] is model]:
+                for hook in self._hooks.pop(number):
+                    hook.take_out()
 
     def _name_of(self, given: str, *, local: bool) -> str:
         """What the file calls a model: no folder, and not the name of another."""
@@ -348,7 +352,9 @@ class Recording:
         return DRAFT + self._name_of(given, local=kinds.get(given, "folder") in _LOCAL)
 
     def _submitted(self, number: int, model: Model, requests: Sequence[Request]) -> None:
-        """Called by whoever submits, so it only takes note."""
+        """Called by whoever submits, or changes the mode (no requests): it only takes note."""
+        if self._overlook and not requests:
+            return
         now = time.perf_counter_ns()
         self._notes.append(_Note(number, tuple(requests), _mode(model), now))
 
@@ -373,13 +379,14 @@ class Recording:
         """Write down what is new."""
         while self._notes:
             note = self._notes.popleft()
-            self._changed(note.model, note.mode, min(note.time, note.requests[0].arrival))
+            since = [note.time, *(request.arrival for request in note.requests[:1])]
+            self._changed(note.model, note.mode, min(since))
             mode = self._modes[note.model][0]
             for request in note.requests:
                 followed = _Followed(request, len(self._file.requests))
                 self._tell([files.NewRequest(self._entry(note.model, mode, request))])
                 self._live.append(followed)
-        for number in () if self._overlook else self._on_submit:
+        for number in () if self._overlook else self._hooks:
             self._changed(number, _mode(self._models[number]), time.perf_counter_ns())
         self._tell([line for followed in self._live if (line := self._news(followed))])
         self._live = [f for f in self._live if self._file.requests[f.number].finish_reason is None]
@@ -564,7 +571,8 @@ class Recording:
         if journal.exists() and not self._overwrite:
             raise OptionError(
                 f"{journal} is a recording that was not brought to its end. "
-                f"ik.open({str(path)!r}) reads it; choose another name, or say overwrite=True."
+                f"ik.open({str(path)!r}) reads it; choose another name, or say overwrite=True "
+                "(as an option: --overwrite)."
             )
 
 

@@ -139,7 +139,7 @@ def _find(entry: ModelEntry, ref: Any, progress: Progress) -> catalog.Source:
         kind = "file" if entry.kind == "gguf" else "folder"
         raise ExperimentError(
             f"The model {entry.ref!r} was loaded from a {kind} of the machine that recorded it: "
-            "say where it is here, as replay(..., model='path')."
+            "say where it is here, with model='path' (as an option: --model path)."
         )
     revision = entry.revision if ref is None else None
     return catalog.resolve(entry.ref if ref is None else ref, revision, progress=progress)
@@ -179,7 +179,7 @@ class _Run:
         self._spans = spans_of(self._parts)
         self._sources: dict[int, catalog.Source] = {}
         self._other_files: dict[int, list[str]] = {}  # that are not as recorded
-        self._converted_otherwise: set[int] = set()  # models whose files are the same before that
+        self._converted: dict[int, list[str]] = {}  # that are not, though made of the same file
         self._eager = False  # though it was compiled
         self._there: dict[int, ExitStack] = {}  # by number, of the models that are: how they go
         self._requests: dict[int, Request] = {}
@@ -230,15 +230,16 @@ class _Run:
     def _check_files(self, number: int, source: catalog.Source, refuse: bool) -> None:
         entry, found = self.recorded.file.models[number], source.sha256(progress=self._progress)
         other = self._other_files[number] = _other_files(entry, found)
-        if not other and any(found.get(name) != digest for name, digest in entry.files.items()):
-            self._converted_otherwise.add(number)
         if not other:
+            made = entry.files.items()
+            self._converted[number] = [name for name, was in made if found.get(name) != was]
             return
         said = _how_they_differ(other, found)
         if refuse:
             raise ExperimentError(
                 f"This is not the model that was recorded as {entry.name!r}: {said}. Name the "
-                "right one with model=, or run with check_files=False to compare with another."
+                "right one with model= (--model), or run with check_files=False "
+                "(--no-check-files) to compare with another."
             )
         self._note(f"{entry.name} ran with other files than were recorded: {said}")
 
@@ -619,7 +620,10 @@ class _Run:
         }
         return [
             *kinds_of_files(self._other_files.get(one.model, ())),
-            *(["conversion of the weights"] if one.model in self._converted_otherwise else []),
+            *(
+                f"conversion of the {kind}"
+                for kind in kinds_of_files(self._converted.get(one.model, ()))
+            ),
             *(name for name, (a, b) in pairs.items() if a != b),
         ]
 

@@ -267,7 +267,10 @@ def check_free(path: Path, overwrite: bool) -> None:
     if taken and not replaceable:
         raise OptionError(f"{path} exists already, and is no file to replace: choose another name.")
     if taken and not overwrite:
-        raise OptionError(f"{path} exists already: choose another name, or say overwrite=True.")
+        raise OptionError(
+            f"{path} exists already: choose another name, or say overwrite=True (as an option: "
+            "--overwrite)."
+        )
 
 
 def _check_length(path: Path) -> None:

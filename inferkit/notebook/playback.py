@@ -93,7 +93,10 @@ class Playback(LivePlot):
     @property
     def generations(self) -> Generations:
         """The results of the run that was played last, with the origin of what was recorded."""
-        return Generations(replace(gen, origin=self._origin) for gen in super().generations)
+        return Generations(
+            replace(gen, latency=replace(gen.latency, origin=self._origin))
+            for gen in super().generations
+        )
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end; return whether it has come. An interrupt ends the wait, no more.
