@@ -31,8 +31,9 @@ def stale() -> bool:
     if not built.exists() or any(built.parent.glob("*.map")):  # those of `watch` have maps
         return True
     made = built.stat().st_mtime
+    # No folders: an sdist's are as new as its unpacking, and all its files of one moment.
     paths = (p for name in _SOURCES for p in (FOLDER / name, *(FOLDER / name).glob("**/*")))
-    return any(path.stat().st_mtime > made for path in paths)
+    return any(path.stat().st_mtime > made for path in paths if path.is_file())
 
 
 def requirements() -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from inferkit.errors import UnsupportedModelError
 from inferkit.footprint import meta_model
 
-__all__ = ["PREFILL_CHUNK", "LayerKV", "kv_geometry", "read_geometry"]
+__all__ = ["PREFILL_CHUNK", "LayerKV", "cache_argument", "kv_geometry", "read_geometry"]
 
 Kind = Literal["full", "sliding", "chunked", "linear", "none"]
 PREFILL_CHUNK = 512
@@ -96,13 +96,19 @@ def read_geometry(model: Any) -> tuple[LayerKV, ...]:
     return tuple(_read_layer(model, layer, kind) for layer, kind in zip(layers, kinds, strict=True))
 
 
+def cache_argument(model: Any) -> str:
+    """The name by which a model's ``forward`` takes the cache, which changed over the versions."""
+    accepted = inspect.signature(model.forward).parameters
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in accepted), names[0])
+
+
 def _run_two_tokens(model: Any) -> list[Any]:
     import torch
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    parameters = inspect.signature(model.forward).parameters
-    name = "past_key_values" if "past_key_values" in parameters else "cache_params"
+    name = cache_argument(model)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with torch.no_grad():
         model(input_ids=tokens, use_cache=True, **{name: cache})

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comm import get_comm_manager
 from held import held, wait_until
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -1526,14 +1527,41 @@ def test_nothing_is_sent_where_nobody_looks(
 ) -> None:
     monkeypatch.setattr(live, "_BEAT", 0.02)
     browser = browse(model, kind=LivePlot)
+    browser.panel._watched_until = time.monotonic() - 1  # it was
+    wait_until(lambda: not browser.panel._followed)
     with browser.panel._sending:  # no message is on its way
-        browser.panel._watched_until = 0.0
         before = len(browser.messages)
     model.generate("Once", max_tokens=6)
     time.sleep(0.1)
     assert len(browser.messages) == before
     browser.hello()  # the page is seen again
     assert browser.requests[1]["tokens"] == len(browser.tables["tokens"]) + 1
+
+
+def test_a_run_that_was_seen_to_begin_is_told_to_its_end(
+    browse: Callable[..., Browser], model: ik.Model
+) -> None:
+    browser = browse(model, kind=LivePlot)
+    panel = browser.panel
+    with held(model) as hold:
+        request = model.submit("Once", **LONG)
+        hold.wait()
+        wait_until(lambda: panel._feed.live and browser.requests)
+        panel._watched_until = time.monotonic() - 1
+        hold.step(3)
+        wait_until(lambda: browser.requests[1]["tokens"] >= 3)
+        panel._cell_runs = True  # a cell's next run belongs to it: without subshells nobody can say
+        request.cancel()
+    wait_until(lambda: browser.requests[1]["status"] == "cancelled")
+    with held(model) as hold:
+        model.submit("Once", max_tokens=6, ignore_eos=True)
+        hold.wait()
+        wait_until(lambda: 2 in browser.requests)
+    wait_until(lambda: browser.requests[2]["status"] == "length")
+    panel._cell_runs = False
+    wait_until(lambda: not panel._followed)
+    model.generate("Once", max_tokens=6)
+    assert 3 not in browser.requests
 
 
 def test_who_watches_is_sent_more(browse: Callable[..., Browser], model: ik.Model) -> None:
@@ -1973,3 +2001,25 @@ def test_the_panel_of_a_tab_is_of_the_model_that_is_asked_for(folder: Path) -> N
     other = actions.panel("first")  # a closed one shows nothing
     assert other is not shown
     other.close()
+
+
+def test_the_panel_of_a_closed_tab_rests_and_goes_with_its_model(folder: Path) -> None:
+    comms = get_comm_manager().comms
+    before = set(comms)
+    model = ik.load(folder, **OPTIONS, name="first")
+    shown = actions.panel("first")
+    shown._start()
+    thread = shown._ticker
+    assert thread is not None
+    actions.put_away("first")
+    thread.join(10)
+    assert not thread.is_alive()
+    assert actions.panel("first") is shown  # with all that it has shown
+    actions.put_away("first")
+    assert actions.do("stop", model="first").answer.ok
+    assert not shown._closed
+    model.unload()
+    actions.do("stop")
+    assert shown._closed
+    assert set(comms) == before
+    actions.put_away("first")  # twice, or of what never was: nothing

@@ -20,7 +20,7 @@ from inferkit.engine.cache import SlotCache, View
 from inferkit.engine.compiled import CompiledLayers
 from inferkit.engine.cudagraphs import CudaGraphs
 from inferkit.errors import UnsupportedModelError
-from inferkit.kv import LayerKV
+from inferkit.kv import LayerKV, cache_argument
 from inferkit.offload import input_device, running
 from inferkit.quantize import is_quantized, rounds_inputs
 
@@ -61,6 +61,7 @@ class SlottedRunner:
         self.module = module
         self.device = input_device(module)
         self.dtype = _activation_dtype(module)
+        self._cache_argument = cache_argument(module)
         self.prefill_chunk = prefill_chunk
         self.geometry = tuple(geometry)
         self._devices = _layer_devices(module, len(self.geometry), self.device)
@@ -204,9 +205,9 @@ class SlottedRunner:
             input_ids=tokens,
             attention_mask=_as_model_wants(masks),
             position_ids=view.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self._cache_argument: self.cache},
         )
         logits: torch.Tensor = out.logits
         return logits
@@ -264,9 +265,8 @@ def supports_slots(module: Any, geometry: Sequence[LayerKV], context: int) -> st
     if _rope_depends_on_length(module.config, context):
         return f"{name} changes its rotary positions for all rows when one row grows long"
     accepted = inspect.signature(module.forward).parameters
-    missing = {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} - set(
-        accepted
-    )
+    needed = {"position_ids", cache_argument(module), "attention_mask", "logits_to_keep"}
+    missing = needed - set(accepted)
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     return None

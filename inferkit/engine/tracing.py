@@ -39,7 +39,7 @@ from inferkit.engine import attention
 from inferkit.engine.cache import write
 from inferkit.errors import first_line
 from inferkit.footprint import meta_model
-from inferkit.kv import LayerKV
+from inferkit.kv import LayerKV, cache_argument
 from inferkit.packing import product
 from inferkit.weight_only import empty_linear
 
@@ -238,9 +238,9 @@ def _calls(
             input_ids=torch.zeros(rows, tokens, dtype=torch.long),
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             position_ids=torch.zeros(rows, tokens, dtype=torch.long),
-            past_key_values=_ModelCache(caches),
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): _ModelCache(caches)},
         )
     for hook in hooks:
         hook.remove()

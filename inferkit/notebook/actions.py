@@ -37,7 +37,8 @@ __all__ = ["do", "panel"]
 
 _numbers = itertools.count(1)
 _cancelled: dict[int, threading.Event] = {}  # by the number of what is being done
-_panels: dict[str, Panel] = {}
+_panels: dict[str, Panel] = {}  # of tabs, by the name of the model
+_put_away: set[str] = set()  # those that no tab shows
 
 
 class Told:
@@ -66,6 +67,7 @@ def do(action: str, /, **arguments: Any) -> Told:
             recording that runs.
     """
     answer = _answer(action, arguments)
+    _close_what_is_over()
     found = status.here()
     if found is not None:
         found.write()  # for it is looked at as soon as the answer is there
@@ -102,12 +104,29 @@ def panel(model: str) -> Panel:
         ModelUnloadedError: There is none of this name.
     """
     named = _model(model) if model else None
+    _put_away.discard(model)
     shown = _panels.get(model)
     if shown is None or shown._closed:
         shown = _panels[model] = ik.Panel(named)
     elif named is not None and shown.model is not named:
         shown._attach(named)  # it had been unloaded, and the panel has gone on to another
     return shown
+
+
+def put_away(model: str) -> None:
+    """Have a panel, whose tab was closed, rest until it is shown again, with all it has shown."""
+    shown = _panels.get(model)
+    if shown is not None:
+        _put_away.add(model)
+        shown._rest()
+    _close_what_is_over()
+
+
+def _close_what_is_over() -> None:
+    """Close the panels that no tab shows or could show again, for their model is gone."""
+    for name in [n for n in _put_away if n and n not in {model.name for model in ik.models()}]:
+        _put_away.discard(name)
+        _panels.pop(name).close()
 
 
 def _load(ref: str, **options: Any) -> Answer:

@@ -79,6 +79,8 @@ class LivePlot(anywidget.AnyWidget):
         self._context: contextvars.Context | None = None
         self._state: dict[str, Any] = {}
         self._watched_until = 0.0
+        self._followed = False  # whether the run was looked at, or one before it in the same cell
+        self._cell_runs = False
         self._beat_at = 0.0
         self._behind = True  # whether the views lack something that was read
         self._was_busy = False
@@ -116,6 +118,7 @@ class LivePlot(anywidget.AnyWidget):
         if not self._closed and "_wake" in vars(self):
             self._closed = True
             self._rest()
+            self.layout.close()  # a widget of its own
             super().close()
 
     # -- showing --------------------------------------------------------------------------------
@@ -152,7 +155,14 @@ class LivePlot(anywidget.AnyWidget):
         else:
             self._context.copy().run(work)
 
-    def _update_still(self, *_: Any) -> None:
+    def _cell_begins(self, *_: Any) -> None:
+        self._cell_runs = True
+
+    def _cell_ended(self, *_: Any) -> None:
+        self._cell_runs = False
+        self._update_still()
+
+    def _update_still(self) -> None:
         """Bring the picture in the saved notebook up to date, where something has happened.
 
         Called at the end of a run; and of a cell too, for who executes a notebook without a
@@ -217,7 +227,9 @@ class LivePlot(anywidget.AnyWidget):
             self._feed.listen(True)
             self._shell = get_ipython()
             if self._shell is not None:
-                self._shell.events.register("post_run_cell", self._update_still)
+                self._cell_runs = True  # it may, until one is seen to end
+                self._shell.events.register("pre_run_cell", self._cell_begins)
+                self._shell.events.register("post_run_cell", self._cell_ended)
             run = (self._context or contextvars.copy_context()).copy().run
             self._ticker = threading.Thread(
                 target=run, args=(self._loop,), name="inferkit-live", daemon=True
@@ -230,7 +242,8 @@ class LivePlot(anywidget.AnyWidget):
             self._ticker = None
             self._feed.listen(False)
             if self._shell is not None:
-                self._shell.events.unregister("post_run_cell", self._update_still)
+                self._shell.events.unregister("pre_run_cell", self._cell_begins)
+                self._shell.events.unregister("post_run_cell", self._cell_ended)
                 self._shell = None
             self._wake.set()
 
@@ -267,7 +280,10 @@ class LivePlot(anywidget.AnyWidget):
 
         While a cell runs, a frontend without subshells cannot say that it still looks.
         """
-        return time.monotonic() < self._watched_until or (busy and self._watched_until > 0)
+        watched = time.monotonic() < self._watched_until
+        runs = busy or self._was_busy  # its end has to be told too
+        self._followed = watched or (self._followed and (runs or self._cell_runs))
+        return watched or (runs and self._followed)
 
     def _tell(self, busy: bool) -> None:
         if self._behind:

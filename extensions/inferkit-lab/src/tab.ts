@@ -25,6 +25,7 @@ import {
 import { inferenceIcon } from './names';
 import { messageOf } from './watch';
 
+const ACTIONS = 'inferkit.notebook.actions';
 const AGAIN = 'Show the panel again';
 
 /** What leads to a tab again after the page was reloaded. */
@@ -74,6 +75,7 @@ export class PanelTab extends MainAreaWidget {
 
   override dispose(): void {
     if (!this.isDisposed) {
+      this._putAway();
       this._clear();
       this._context?.statusChanged.disconnect(this._statusChanged, this);
       this._context?.kernelChanged.disconnect(this._kernelChanged, this);
@@ -239,6 +241,16 @@ export class PanelTab extends MainAreaWidget {
     this.title.caption = `Inference panel of ${model || 'the models'} in ${path}`;
   }
 
+  /** Have the panel rest in the kernel, which may be gone or lack what makes it rest. */
+  private _putAway(): void {
+    const kernel = this._context?.session?.kernel;
+    if (this._area?.isAttached && kernel?.id === this._kernelId) {
+      const { model } = this._options;
+      const away = expression(ACTIONS, 'put_away', [model]);
+      evaluate(kernel, { away }).catch(() => undefined);
+    }
+  }
+
   private _say(text: string, again = ''): void {
     this._clear();
     this._hint(text, again);
@@ -303,5 +315,5 @@ function shown(model: string): string {
 
 /** The expression that makes a model's panel, or has the one there is show the model again. */
 function panelOf(model: string): string {
-  return expression('inferkit.notebook.actions', 'panel', [model]);
+  return expression(ACTIONS, 'panel', [model]);
 }

@@ -55,7 +55,7 @@ test('keeps what it knows when the server is gone, and asks less often', async (
   expect(watch.seen).toEqual({ state: state(), error: 'gone' });
   fetch.mockClear();
   await seconds(60);
-  expect(fetch.mock.calls.length).toBeLessThan(20);
+  expect(fetch.mock.calls.length).toBeLessThan(40);
 
   up = true;
   await seconds(5); // somebody waits for it
