@@ -612,9 +612,11 @@ def test_the_panel_in_a_tab_is_of_the_model_that_it_is_called_by(
     execute(sidebar, load)
     sidebar.button("Show the panel again", tab).click()
     expect(about).to_contain_text("other is loaded")
+    front(sidebar, "second.ipynb")
     execute(sidebar, "rests = lambda: a._panels['other']._ticker is None\nassert not rests()")
     close.click()
     expect(tab).to_have_count(0)
+    front(sidebar, "second.ipynb")
     execute(sidebar, "import time\nwhile not rests(): time.sleep(0.1)")  # and sends nothing
     execute(sidebar, "[m.unload() for m in ik.models() if m.name == 'other']")
     expect(model).to_have_count(0)

@@ -383,6 +383,7 @@ def test_a_load_that_fails_as_planned_says_so_once(empty: PanelView) -> None:
     expect(empty.failure).to_contain_text(said)
     expect(plan).to_be_hidden()
     empty.button("Dismiss").click()
+    expect(plan).to_be_visible()
     expect(plan).to_have_text(said)
 
 
