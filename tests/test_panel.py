@@ -1757,7 +1757,7 @@ def test_a_cell_that_is_run_again_leaves_no_view_at_work(
     views[-1]._ipython_display_()  # the same again
     assert [view._ticker is not None for view in views] == [False, False, True]
     assert len(model._engine.on_submit) == listeners + 1
-    assert shell.called == [views[-1]._update_still]
+    assert shell.called == [views[-1]._cell_begins, views[-1]._cell_ended]
     shell.cell = "second"
     views[-1]._ipython_display_()
     shell.cell = "first"
