@@ -376,4 +376,4 @@ def _done(latencies: Iterable[Latency]) -> list[Latency]:
 
 
 def _rate(count: int, seconds: float | None) -> float | None:
-    return count / seconds if seconds else None
+    return count / seconds if seconds is not None and seconds > 0 else None

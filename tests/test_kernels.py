@@ -229,6 +229,13 @@ def test_a_model_says_whose_they_are(tiny_model: Callable[[str], Path]) -> None:
         assert model.kernels == "torch"
 
 
+def command(path: Path, does: str) -> str:
+    """Put a command there, and name it."""
+    path.write_text(f"#!/bin/sh\n{does}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 def reason_elsewhere(**environment: str) -> str:
     """What another process says of the kernels."""
     code = "from inferkit import kernels; print(kernels.reason())"
@@ -250,9 +257,7 @@ def test_they_can_be_switched_off() -> None:
 @pytest.mark.parametrize("named", ["", "clang++", "no-such-compiler -m64"])
 def test_no_compiler_is_a_reason(tmp_path: Path, named: str) -> None:
     """Nor is clang's one: its threads are of another library."""
-    clang = tmp_path / "clang++"
-    clang.write_text("#!/bin/sh\n")
-    clang.chmod(0o755)
+    command(tmp_path / "clang++", "")
     said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), PATH=str(tmp_path), CXX=named)
     assert "g++ was not found" in said
     assert not list(tmp_path.glob("kernels/*"))
@@ -260,20 +265,16 @@ def test_no_compiler_is_a_reason(tmp_path: Path, named: str) -> None:
 
 @needed
 def test_a_compiler_that_fails_is_a_reason(tmp_path: Path) -> None:
-    bad = tmp_path / "bad"
-    bad.write_text("#!/bin/sh\necho 'error: out of ideas' >&2\nexit 1\n")
-    bad.chmod(0o755)
-    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX=str(bad))
+    bad = command(tmp_path / "bad", "echo 'error: out of ideas' >&2; exit 1")
+    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX=bad)
     assert "does not compile them (error: out of ideas)" in said
     assert not list(tmp_path.glob("kernels/*"))
 
 
 @needed
 def test_an_interrupt_of_the_kernel_is_not_the_compilers(tmp_path: Path) -> None:
-    bad = tmp_path / "bad"
-    bad.write_text("#!/bin/sh\necho error of session $(ps -o sid= -p $$) >&2\nexit 1\n")
-    bad.chmod(0o755)
-    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX=str(bad))
+    bad = command(tmp_path / "bad", "echo error of session $(ps -o sid= -p $$) >&2; exit 1")
+    said = reason_elsewhere(INFERKIT_CACHE=str(tmp_path), CXX=bad)
     found = re.search(r"error of session +(\d+)", said)
     assert found
     assert int(found[1]) != os.getsid(0)
