@@ -347,14 +347,16 @@ class Model:
             check_compile(compile)
         if speculative is not None:
             check_speculative(speculative)
+        others = speculative if speculative != self.speculative else None
+        guesser = self._guesser(others) if others else None  # may raise, while nothing has changed
         self._become(max_batch=max_batch, context=context)
         if compile is not None:
             with self._changing():
                 self._parts.set_compile(compile)
         if batching is not None:
             self._engine.set_batching(batching)
-        if speculative is not None and speculative != self.speculative:
-            self._engine.guesser = self._guesser(speculative)
+        if others:
+            self._engine.guesser = guesser
         self._engine.changed()
         return self
 

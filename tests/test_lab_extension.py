@@ -661,6 +661,20 @@ def test_the_panel_in_a_tab_says_that_its_kernel_has_ended(
     reveal(sidebar, "own.ipynb")
 
 
+def test_the_panel_in_a_tab_is_there_after_a_reload_while_a_cell_runs(
+    sidebar: Sidebar, panel_tab: Locator
+) -> None:
+    """JupyterLab asks each widget for its state where the kernel was too busy to tell of all."""
+    cell = "import time\nfor _ in range(150): time.sleep(0.1)"
+    sidebar.tab.page.evaluate(
+        f"code => {{ {NOTEBOOK}.sessionContext.session.kernel.requestExecute({{code}}) }}", cell
+    )
+    reload(sidebar)
+    expect(panel_tab).to_contain_text("Loading widget")
+    expect(panel_tab.locator(".inferkit-panel .ik-about")).to_contain_text("shown is loaded")
+    front(sidebar, "own.ipynb")
+
+
 def test_the_panel_in_a_tab_follows_its_notebook_to_another_name(
     sidebar: Sidebar, panel_tab: Locator
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -50,6 +50,12 @@ def tell(page: Page, *, now: dict[str, Any], requests: Sequence[Any] = (), **tab
     }
     buffers = [[number for row in rows for number in row] for rows in tables.values()]
     page.evaluate("([message, buffers]) => tell(message, buffers)", [message, buffers])
+
+
+def requests(status: str, numbers: Iterable[int]) -> list[dict[str, Any]]:
+    """What the kernel tells of requests that all stand alike."""
+    same = {"status": status, "prompt": "Once", "text": "x", "tokens": 1, "origin": "panel"}
+    return [{"number": number, **same} for number in numbers]
 
 
 def step(began: float, seconds: float, running: int, waiting: int = 0, kv: int = 0) -> list[float]:
@@ -125,19 +131,20 @@ def test_the_plot_ends_at_the_present_while_requests_run(page: Page) -> None:
 def test_requests_that_are_not_shown_are_counted_though_the_store_has_forgotten_them(
     page: Page,
 ) -> None:
-    ended = [
-        {
-            "number": n,
-            "status": "length",
-            "prompt": "Once",
-            "text": "x",
-            "tokens": 1,
-            "origin": "panel",
-        }
-        for n in range(1, 301)
-    ]
+    ended = requests("length", range(1, 301))
     tell(page, now={"time": 1.0}, requests=ended, firsts=[[1.0, 10.0, 1]])
     page.wait_for_function("document.querySelectorAll('.ik-card').length === 100")
     assert page.get_by_text("200 more requests are not shown.").is_visible()
     assert "1 token" in page.locator(".ik-card").first.inner_text()
     assert "1 tokens" not in page.locator(".ik-card").first.inner_text()
+
+
+def test_those_that_wait_have_cards_beside_those_that_have_ended(page: Page) -> None:
+    running, waiting = range(301, 305), range(305, 425)
+    told = [*requests("length", range(1, 301)), *requests("running", running)]
+    tell(page, now={"time": 1.0}, requests=[*told, *requests("waiting", waiting)])
+    page.wait_for_function("document.querySelectorAll('.ik-card').length === 100")
+    titles = page.locator(".ik-card .ik-title").all_inner_texts()
+    shown = [int(title.removeprefix("#")) for title in titles]
+    assert shown == [304, 303, 302, 301, *range(300, 252, -1), *waiting[:48]]
+    assert page.get_by_text("324 more requests are not shown.").is_visible()

@@ -2019,7 +2019,10 @@ def test_the_panel_of_a_closed_tab_rests_and_goes_with_its_model(folder: Path) -
     assert actions.do("stop", model="first").answer.ok
     assert not shown._closed
     model.unload()
+    shown._start()  # another page shows it
     actions.do("stop")
+    assert not shown._closed
+    actions.put_away("first")
     assert shown._closed
     assert set(comms) == before
     actions.put_away("first")  # twice, or of what never was: nothing

@@ -260,7 +260,8 @@ def test_what_cannot_guess_is_refused(tiny_model, pair):
     served, _ = pair
     for draft, message in (("nobody", "No model 'nobody'"), ("served", "for itself")):
         with pytest.raises(ik.OptionError, match=message):
-            served.configure(speculative=f"draft:{draft}")
+            served.configure(speculative=f"draft:{draft}", max_batch=4)
+        assert served.max_batch == 3
     with (
         ik.load(tiny_model("mamba"), name="alone", progress=False),
         pytest.raises(ik.OptionError, match="one request at a time"),

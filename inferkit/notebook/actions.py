@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from inferkit.model import Model
     from inferkit.notebook.panel import Panel
 
-__all__ = ["do", "panel"]
+__all__ = ["do", "panel", "put_away"]
 
 _numbers = itertools.count(1)
 _cancelled: dict[int, threading.Event] = {}  # by the number of what is being done
 _panels: dict[str, Panel] = {}  # of tabs, by the name of the model
-_put_away: set[str] = set()  # those that no tab shows
+_put_away: set[str] = set()  # those whose tab was closed
+_panels_lock = threading.Lock()
 
 
 class Told:
@@ -104,29 +105,38 @@ def panel(model: str) -> Panel:
         ModelUnloadedError: There is none of this name.
     """
     named = _model(model) if model else None
-    _put_away.discard(model)
-    shown = _panels.get(model)
-    if shown is None or shown._closed:
-        shown = _panels[model] = ik.Panel(named)
-    elif named is not None and shown.model is not named:
+    with _panels_lock:
+        _put_away.discard(model)
+        shown = _panels.get(model)
+        if shown is None or shown._closed:
+            shown = _panels[model] = ik.Panel(named)
+    if named is not None and shown.model is not named:
         shown._attach(named)  # it had been unloaded, and the panel has gone on to another
     return shown
 
 
 def put_away(model: str) -> None:
     """Have a panel, whose tab was closed, rest until it is shown again, with all it has shown."""
-    shown = _panels.get(model)
-    if shown is not None:
-        _put_away.add(model)
-        shown._rest()
+    with _panels_lock:
+        shown = _panels.get(model)
+        if shown is not None:
+            _put_away.add(model)
+            shown._rest()
     _close_what_is_over()
 
 
 def _close_what_is_over() -> None:
-    """Close the panels that no tab shows or could show again, for their model is gone."""
-    for name in [n for n in _put_away if n and n not in {model.name for model in ik.models()}]:
-        _put_away.discard(name)
-        _panels.pop(name).close()
+    """Close the panels that no tab shows or could show again, for their model is gone.
+
+    Not one that is at work: another page's tab shows it.
+    """
+    there = {"", *(model.name for model in ik.models())} if _put_away else set()
+    with _panels_lock:
+        over = [n for n in _put_away - there if _panels[n]._ticker is None]
+        _put_away.difference_update(over)
+        closed = [_panels.pop(name) for name in over]
+    for shown in closed:
+        shown.close()
 
 
 def _load(ref: str, **options: Any) -> Answer:

@@ -92,7 +92,8 @@ class LivePlot(anywidget.AnyWidget):
         if model is not None:
             self._feed.attach(model)
         self.on_msg(self._receive)
-        _answer_on_the_way_it_came(self.comm)
+        for widget in (self, self.layout):  # a page loaded anew asks each for its state
+            _answer_on_the_way_it_came(widget.comm)
 
     @property
     def model(self) -> Model | None:
@@ -378,9 +379,10 @@ def _answer_on_the_way_it_came(comm: Any) -> None:
     """Let clicks be handled while a cell runs.
 
     ipykernel 7.4 sends what a widget is told to the shell that the widget spoke from last, which is
-    the main one for a widget that a cell has made: a click would wait for the end of the cell.
-    Without that, a message is handled where JupyterLab sent it, to a subshell. The method is
-    ipykernel's own affair; where it is not there, nothing needs to be done.
+    the main one for a widget that a cell has made: a click would wait for the end of the cell. And
+    one that was made on a tab's subshell would hear nothing once that has ended. Without that, a
+    message is handled where JupyterLab sent it, to a subshell. The method is ipykernel's own
+    affair; where it is not there, nothing needs to be done.
     """
     if hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda data, default: default

@@ -14,7 +14,11 @@ function createCards(store, stopIt, button) {
     const running = all.filter(({ status }) => status === "running");
     const ended = all.filter(({ status }) => OVER.has(status));
     const waiting = all.filter(({ status }) => status === "waiting").reverse();
-    return [...running, ...ended, ...waiting].slice(0, CARDS).map((each) => each.number);
+    // Those that wait have their share beside those that have ended, the next ones first.
+    const room = Math.max(0, CARDS - running.length);
+    const next = waiting.slice(0, Math.max(room >> 1, room - ended.length));
+    const shown = [...running, ...ended.slice(0, room - next.length), ...next];
+    return shown.slice(0, CARDS).map((each) => each.number);
   }
 
   function draw() {
