@@ -10,7 +10,9 @@ step
     one, per token.
 limit
     the time to read every weight that a step reads once, at the bandwidth that this process
-    measured in the same run. The input embeddings are looked up, not read.
+    measures in each round, in its turn. The input embeddings are looked up, not read.
+share
+    the limit against the compiled step at batch 1, round by round.
 compile
     from ``ik.load`` to a compiled step: with nothing kept, and again with the code kept.
 """
@@ -23,10 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from spread import steps_against
+from spread import Spread, steps_against
 
 _WAYS = ("own code", "compiled")
 
@@ -61,7 +64,7 @@ def measure(
         model = ik.load(path, compile=True, **shape)
         model.compilation.wait()
         status = str(model.compilation)
-    generate = _generate(path, device, dtype)
+    generate, weights = _generate(path, device, dtype), weights_read(model)
     found: list[dict[str, Any]] = []
     for number in range(rounds + 1):
         for batch in batches:
@@ -69,15 +72,19 @@ def measure(
                 way: lambda way=way, batch=batch: _step(model, way, batch, tokens) for way in _WAYS
             }
             if batch == 1:
-                ways["generate"] = lambda: generate(tokens)
+                ways |= {
+                    "generate": lambda: generate(tokens),
+                    "limit": lambda: weights / bandwidth(device),
+                }
             order = [*ways][number % len(ways) :] + [*ways][: number % len(ways)]
             for way in order:
                 step = ways[way]()
                 if number:
                     found.append({"round": number, "way": way, "batch": batch, "step": step})
     cases = dict.fromkeys((r["way"], r["batch"]) for r in found)
-    weights = weights_read(model)
     model.unload()
+    at_one = {(r["round"], r["way"]): r["step"] for r in found if r["batch"] == 1}
+    shares = [at_one[n, "limit"] / at_one[n, "compiled"] for n in range(1, rounds + 1)]
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -86,7 +93,7 @@ def measure(
         "status": status,
         "compile_s": first,
         "kept_s": second,
-        "limit_ms": 1e3 * weights / bandwidth(device),
+        "share": asdict(Spread.of(shares)),
         "weights": weights,
         "steps": steps_against(found, "way", "own code", cases),
         "rounds": rounds,

@@ -1,7 +1,8 @@
 """What a decode step costs by context and batch, and what of it the memory's bandwidth explains.
 
 Each cell is one pass over so many rows (`SlottedRunner.decode`), every row at the last position of
-its context, and the choice of the likeliest tokens; nothing of scheduling, text or events. The KV
+its context, and the choice of the likeliest tokens as the engine makes it; nothing of scheduling,
+text or events. The KV
 cache is filled with numbers drawn at random beforehand, for the time does not depend on them, and
 prefilling 64 prompts of 8,192 tokens would take longer than all the rest. Cells take turns, round
 by round.
@@ -11,8 +12,8 @@ step
 limit
     the time to read once every weight that a step reads and all keys and values that it reads of
     each row (those of a window and a chunk, where a layer has a window), at the bandwidth that a
-    sum in this process had in the same run. Where a step takes much longer, it is bound by its
-    arithmetic, or by the number of its operations.
+    sum in this process had in the same run, the median of the rounds. Where a step takes much
+    longer, it is bound by its arithmetic, or by the number of its operations.
 
 Batches whose KV cache does not fit are left out.
 """
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from compiled import bandwidth, device_name, weights_read
@@ -55,16 +57,20 @@ def measure(
         path, max_batch=max(batches), prefix_reuse=False, progress=False, **shape
     ) as model:
         model.compilation.wait()
+        model.generate([[2, 3]], max_tokens=2)  # a compiled step is swapped in before a pass
         engine = model._parts.engine
         engine.call(lambda: _fill(engine.runner))
         cells = [(context, batch) for context in contexts for batch in batches]
         found: dict[tuple[int, int], list[float]] = {cell: [] for cell in cells}
+        speeds = []
         for number in range(rounds + 1):
+            # In the engine's thread: with OpenMP threads of two, passes would wait for sleepers.
+            speeds.append(engine.call(lambda: bandwidth(device)))
             for cell in cells if number % 2 else cells[::-1]:
                 took = engine.call(lambda cell=cell: _step(engine.runner, *cell))
                 if number:  # the first round warms up
                     found[cell].append(took)
-        weights, speed = weights_read(model), bandwidth(device)
+        weights, speed = weights_read(model), median(speeds)
         rows = [
             {
                 "context": context,
@@ -100,14 +106,18 @@ def _step(runner: Any, context: int, batch: int) -> float:
     """Seconds of a pass, in the engine's thread."""
     import torch
 
+    from inferkit.sampling import RowSampler, SamplingParams, sample
+
     rows = runner.rows(batch)
     positions = [context - 1] * rows
+    greedy = [RowSampler(SamplingParams(temperature=0.0), ())] * rows
+    took = []
     with torch.inference_mode():
-        for _ in range(2):  # the first makes the threads that an idle engine has given back
+        for _ in range(6):
             began = time.perf_counter()
-            runner.decode([5] * rows, positions).argmax(-1).tolist()
-            took = time.perf_counter() - began
-    return took
+            sample(runner.decode([5] * rows, positions), greedy)
+            took.append(time.perf_counter() - began)
+    return median(took[3:])  # the first make the threads and memory that another shape had not
 
 
 if __name__ == "__main__":

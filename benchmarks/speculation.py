@@ -1,7 +1,7 @@
 """Prompt lookup beside plain decoding, on texts that quote, repeat or do neither.
 
-One model whose guessing is switched on and off in turn; rounds are interleaved and ratios are
-formed round by round.
+One model, compiled, whose guessing is switched on and off in turn; rounds are interleaved and
+ratios are formed round by round.
 
 tpot
     the median over the sequences of a batch of (last token - first token) / (tokens - 1): the gap
@@ -56,11 +56,12 @@ def measure(
         device=device,
         max_batch=max(batches),
         prefix_reuse=False,
-        compile=False,
+        compile=True,
         progress=False,
     ) as model:
         for mode in ("none", "int4wo") if device == "cpu" else ("none",):
             model.quantize(mode, progress=False)
+            model.compilation.wait()
             found += [
                 {"mode": mode, "dtype": model.dtype, "text": text}
                 | _of_text(model, text, batches, tokens, rounds)
