@@ -165,11 +165,11 @@ def _ps(arguments: argparse.Namespace) -> int:
 
 def _replay(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
-        check_free(Path(arguments.save), overwrite=False)  # before minutes of work
+        check_free(Path(arguments.save), arguments.overwrite)  # before minutes of work
     found = ik.replay(arguments.experiment, **replay_options(arguments))
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found)
     if arguments.save is not None:
-        found.measured.save(arguments.save)
+        found.measured.save(arguments.save, overwrite=arguments.overwrite)
     if found.interrupted:
         return _INTERRUPTED
     if arguments.check and not found.verified:
@@ -283,6 +283,12 @@ def _add_replay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="exit status 1 where any token differs",
     )
     command.add_argument("--save", metavar="FILE", default=None, help="keep what was measured")
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        default=False,
+        help="save: replace a file that is there",
+    )
     _add_json(command)
     _add_options(command, REPLAY_OPTIONS)
 

@@ -1329,6 +1329,8 @@ def test_a_model_that_only_stood_by_need_not_be_named(
     assert main(["replay", str(path), "--model", f"llama={folder}", "--check"]) == 0
     there = str(path)  # refused before anything runs
     assert main(["replay", str(path), "--model", folder, "--save", there]) == 2
+    assert main(["replay", str(path), "--model", folder, "--save", there, "--overwrite"]) == 0
+    assert ik.open(path).name == "replay of one"
 
 
 def test_a_replay_is_of_its_own_models_alone(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from msgspec import structs
 from test_difference import experiment, noisy, request
 
 from inferkit.errors import ExperimentError, OptionError
@@ -168,6 +169,18 @@ def test_gaps_are_thinned_but_for_the_longest_and_mode_changes_are_marked() -> N
     assert f"thinned to {len(dots.x):,} of 30,000 gaps" in figure.layout.title.text
     lines = [(shape.x0, note.text) for shape, note in zip(figure.layout.shapes, _notes(figure))]
     assert lines == [(0, "#0 none"), (5, "#1 nf4, max_batch 8, eager")]
+
+
+def test_a_change_of_speculation_is_told() -> None:
+    made = experiment(noisy(8, seed=1))
+    [first] = made.file.modes
+    for at, guessed in ((1, "ngram"), (2, "off")):
+        changed = {"time": at * 10**8, "speculative": guessed}
+        made.file.modes.append(structs.replace(first, **changed))
+    marks = [note.text for note in _notes(report.itl_over_time(made))]
+    assert marks == ["#0 none", "#1 speculation ngram", "#2 speculation off"]
+    assert "speculation" in Page(report.page(made)).text
+    assert "ngram" in Page(report.page(made)).text
 
 
 def _notes(figure: Any) -> list[Any]:

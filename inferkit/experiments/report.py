@@ -370,5 +370,5 @@ def _changes(exp: Experiment) -> Iterator[tuple[ModeEntry, int, str]]:
 
 _TOLD = (
     *(("format", ""), ("batching", ""), ("max_batch", "max_batch ")),
-    *(("context", "context "), ("step", "")),
+    *(("context", "context "), ("step", ""), ("speculative", "speculation ")),
 )

@@ -10,6 +10,8 @@ import { messageOf } from './watch';
 
 const PATIENCE = 10_000; // milliseconds until a server is held to be gone
 const STARTING = 60_000; // until a kernel is held to be gone, which may have begun just now
+const GONE =
+  'The server lists no such kernel: it no longer runs, or a gateway does not tell what runs.';
 const SILENT = 'The Jupyter server does not answer.';
 const ENDED = 'The kernel has ended or was restarted meanwhile.';
 
@@ -31,7 +33,7 @@ export async function act(
   try {
     const model = await soon(kernels.findById(kernelId));
     if (!model) {
-      return refusal('This kernel no longer runs.');
+      return refusal(GONE);
     }
     kernel = kernels.connectTo({ model, handleComms: false });
     return await Promise.race([

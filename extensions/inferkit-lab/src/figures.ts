@@ -84,7 +84,10 @@ export function models(state: State): ModelState[] {
   return state.kernels.flatMap(kernel => kernel.state?.models ?? []);
 }
 
-/** What the status bar says: the fullest device, and what all models generate. */
+/**
+ * What the status bar says: the fullest device, and what all models generate. Of kernels on another
+ * machine nothing is known, which is said too.
+ */
 export function summary(state: State): { text: string; title: string } {
   const loaded = models(state);
   const rate = loaded.reduce((sum, model) => sum + model.rate, 0);
@@ -97,11 +100,15 @@ export function summary(state: State): { text: string; title: string } {
     fullest === undefined
       ? ''
       : `${fullest.name} ${(fullest.used / 2 ** 30).toFixed(1)}/${bytes(fullest.total)}`;
-  const speed = loaded.length > 0 ? `${figure(rate)} tok/s` : 'no model';
+  const count = state.out_of_sight.length;
+  const hidden = count > 0 ? `${counted(count, 'kernel')} out of sight` : '';
+  const speed =
+    loaded.length > 0 ? `${figure(rate)} tok/s` : hidden ? '' : 'no model';
   return {
-    text: [memory, speed].filter(Boolean).join(' · '),
+    text: [memory, speed, hidden].filter(Boolean).join(' · '),
     title:
-      `${counted(loaded.length, 'model')} in ${counted(state.kernels.length, 'kernel')}; ` +
+      `${counted(loaded.length, 'model')} in ${counted(state.kernels.length, 'kernel')}` +
+      `${hidden && `, and ${hidden} on another machine`}; ` +
       'memory of the fullest device and tokens per second now. Click for the Inference sidebar.'
   };
 }

@@ -36,7 +36,7 @@ test('a server that is gone, or a kernel, is an answer too', async () => {
   });
   const ended = having(Promise.resolve(undefined));
   expect((await act(ended, 'a', 'stop')).text).toBe(
-    'This kernel no longer runs.'
+    'The server lists no such kernel: it no longer runs, or a gateway does not tell what runs.'
   );
   expect(vi.getTimerCount()).toBe(0);
 });

@@ -55,3 +55,15 @@ test('the status bar tells the fullest device and the sum of all rates', () => {
   );
   expect(summary(state()).text).toBe('cpu 8.0/16.0 GiB · no model');
 });
+
+test('the status bar tells of kernels on another machine', () => {
+  const alone = summary({ ...state(), out_of_sight: ['a'] });
+  expect(alone.text).toBe('cpu 8.0/16.0 GiB · 1 kernel out of sight');
+  expect(alone.title).toContain(
+    '0 models in 0 kernels, and 1 kernel out of sight on another machine;'
+  );
+  const beside = state(kernel('c', model({ rate: 10 })));
+  expect(summary({ ...beside, out_of_sight: ['a', 'b'] }).text).toBe(
+    'cpu 8.0/16.0 GiB · 10.0 tok/s · 2 kernels out of sight'
+  );
+});
